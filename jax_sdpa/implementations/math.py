@@ -1,0 +1,102 @@
+"""MATH: the definition, to be read. What it gives is what every other backend must give.
+
+Source: `_scaled_dot_product_attention_math` and `_safe_softmax` of torch 2.13 (aten/src/ATen/native/transformers/attention.cpp).
+Differs: -inf rows by guarding the maximum, so that their derivatives are 0 as well; lse, softcap and sinks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_sdpa.context import SDPBackend
+from jax_sdpa.device import Device
+from jax_sdpa.implementations import scores
+from jax_sdpa.implementations.base import Implementation, Tangents
+from jax_sdpa.request import SdpaRequest
+
+
+def attention(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
+    """softmax(softcap(scale * q @ k.T) + masks) @ v, everything in float32 (float64), one rounding at the end."""
+    dtype = request.query.dtype if request.spec.low_precision_math else scores.compute_dtype(request)
+    einsum = partial(jnp.einsum, precision=request.spec.precision)
+    b, h, g = request.batch, request.kv_heads, request.group
+    q = request.query.astype(dtype)
+    k = scores.seen_only(request, request.key).astype(dtype)
+    v = scores.seen_only(request, request.value).astype(dtype)
+    q, k = scores.split_scale(request, q, k)
+    if request.spec.layout == "BHLE":
+        q = q.reshape(b, h, g, *q.shape[2:])
+        s = einsum("bhgle,bhse->bhgls", q, k)
+    else:
+        q = q.reshape(b, q.shape[1], h, g, q.shape[3])
+        s = einsum("blhge,bshe->bhgls", q, k)
+    s = s.reshape(b, h * g, request.query_len, request.key_len)
+
+    s, _ = scores.cap(request, s)
+    s = scores.add_masks(request, s, 0, 0)  # (B, Hq, L, S)
+    m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    if request.sinks is not None:
+        sinks = request.sinks[:, :, None, None].astype(s.dtype)
+        m = jnp.maximum(m, lax.stop_gradient(sinks))
+    m = jnp.where(jnp.isneginf(m), 0, m)  # a row without keys: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+    p = jnp.exp(s - m)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    if request.sinks is not None:
+        total = total + jnp.exp(sinks - m)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    p = p / total
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
+
+    keep = scores.survivors(request, 0, request.query_len, 0, request.key_len, p.dtype)
+    if keep is not None:
+        p = p * keep
+    p = p.reshape(b, h, g, request.query_len, request.key_len)
+    equation = "bhgls,bhse->bhgle" if request.spec.layout == "BHLE" else "bhgls,bshe->blhge"
+    out = einsum(equation, p, v).reshape(request.out_shape)
+    return out.astype(request.query.dtype), lse.astype(scores.compute_dtype(request))
+
+
+def of_operands(request: SdpaRequest, wrt: tuple[str, ...]) -> Any:
+    """`attention` as a function of the operands named in `wrt` alone."""
+    return lambda *operands: attention(dataclasses.replace(request, **dict(zip(wrt, operands, strict=True))))
+
+
+class Math(Implementation):
+    """The readable definition: everywhere, every dtype, every mask, every transform; memory O(L * S)."""
+
+    backend = SDPBackend.MATH
+    heading = "Math attention kernel not used because:"
+
+    def reasons_against(self, request: SdpaRequest, device: Device) -> list[str]:
+        return []
+
+    def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
+        return attention(request)
+
+    def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+        wrt = tuple(tangents)
+        request = self._clean(request, lse)
+        primals = [getattr(request, name) for name in wrt]
+        return jax.jvp(of_operands(request, wrt), primals, list(tangents.values()))[1]
+
+    def backward(
+        self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
+    ) -> Tangents:
+        request = self._clean(request, lse)
+        _, pullback = jax.vjp(of_operands(request, wrt), *(getattr(request, name) for name in wrt))
+        dout = jnp.zeros_like(out) if dout is None else scores.existing_only(lse, dout, request.heads_axis)
+        dlse = jnp.zeros_like(lse) if dlse is None else dlse
+        return dict(zip(wrt, pullback((dout, dlse)), strict=True))
+
+    @staticmethod
+    def _clean(request: SdpaRequest, lse: jax.Array) -> SdpaRequest:
+        if not request.masks:
+            return request
+        return dataclasses.replace(request, query=scores.existing_only(lse, request.query, request.heads_axis))

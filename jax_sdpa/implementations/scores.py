@@ -1,0 +1,96 @@
+"""What happens to a tile of scores on its way to the softmax: softcap, bias, masks; and to the probabilities: dropout.
+
+MATH asks for the one tile that is everything, the blockwise backend for each of its tiles. Tiles are (B, Hq, bq, bk), `q0` and
+`k0` (Python ints or traced) say where one starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_sdpa import dropout
+from jax_sdpa.request import SdpaRequest
+
+
+def compute_dtype(request: SdpaRequest) -> Any:
+    """float32 for half inputs and float32, float64 for float64."""
+    return jnp.promote_types(request.query.dtype, jnp.float32)
+
+
+def dense_tile(array: jax.Array, q0: Any, bq: Any, k0: Any, bk: Any) -> jax.Array:
+    """The tile of a (B|1, Hq|1, L|1, S|1) array; broadcast dims stay 1."""
+    for axis, start, size in ((2, q0, bq), (3, k0, bk)):
+        if array.shape[axis] != 1 and array.shape[axis] != size:
+            array = lax.dynamic_slice_in_dim(array, start, size, axis)
+    return array
+
+
+def cap(request: SdpaRequest, s: jax.Array) -> tuple[jax.Array, Any]:
+    """(softcap * tanh(s / softcap), the derivative), (s, None) without a cap."""
+    softcap = request.spec.softcap
+    if softcap is None:
+        return s, None
+    t = jnp.tanh(s / softcap)
+    return softcap * t, 1 - t * t
+
+
+def add_masks(request: SdpaRequest, s: jax.Array, q0: Any, k0: Any, *, structured: bool = True) -> jax.Array:
+    """The scores with the bias added and -inf where a key does not take part; rows of -inf alone attend to nothing.
+
+    Dense masks add (a NaN score stays NaN, as in torch), structured masks select (what they exclude is never looked at).
+    `structured=False`: the tile is FULL, no structured mask excludes any of it.
+    """
+    bq, bk = s.shape[2], s.shape[3]
+    if request.bias is not None:
+        s = s + dense_tile(request.bias, q0, bq, k0, bk).astype(s.dtype)
+    if request.keep_mask is not None:
+        tile = dense_tile(request.keep_mask, q0, bq, k0, bk)
+        s = s + jnp.where(tile, jnp.zeros((), s.dtype), -jnp.inf)
+    if request.masks and structured:
+        q_idx = q0 + lax.broadcasted_iota(jnp.int32, (bq, 1), 0)
+        k_idx = k0 + lax.broadcasted_iota(jnp.int32, (1, bk), 1)
+        s = jnp.where(request.mask.keep(q_idx, k_idx), s, -jnp.inf)
+    return s
+
+
+def survivors(request: SdpaRequest, q0: Any, bq: Any, k0: Any, bk: Any, dtype: Any) -> Any:
+    """(B|1, Hq|1, bq, bk): what dropout multiplies the probabilities by, 0 or 1 / (1 - p); None without dropout."""
+    if request.dropout_seeds is None:
+        return None
+    p = dropout.rounded(request.spec.dropout_p)
+    if p == 1.0:
+        return jnp.zeros((1, 1, 1, 1), dtype)
+    keep = dropout.keep_block(request.dropout_seeds, q0, bq, k0, bk, p)
+    return jnp.where(keep, jnp.asarray(1 / (1 - p), dtype), jnp.zeros((), dtype))
+
+
+def seen_only(request: SdpaRequest, x: jax.Array) -> jax.Array:
+    """Keys or values with zeros in place of those that a structured mask hides from every query: they may hold NaN."""
+    valid = request.mask.key_valid(request.query_len, request.key_len) if request.masks else None
+    if valid is None:
+        return x
+    valid = valid if valid.ndim == 2 else valid[None]  # (B|1, S)
+    shape = (valid.shape[0], 1, 1, 1)
+    shape = tuple(request.key_len if axis == request.length_axis else size for axis, size in enumerate(shape))
+    return jnp.where(jnp.reshape(valid, shape), x, jnp.zeros((), x.dtype))
+
+
+def existing_only(lse: jax.Array, x: jax.Array, heads_axis: int) -> jax.Array:
+    """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN."""
+    empty = jnp.isneginf(lse)  # (B, Hq, L)
+    return jnp.where((empty if heads_axis == 1 else jnp.swapaxes(empty, 1, 2))[..., None], jnp.zeros((), x.dtype), x)
+
+
+def split_scale(request: SdpaRequest, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(q * sign(scale) * sqrt(|scale|), k * sqrt(|scale|)), torch's MATH: large inputs with a small scale do not overflow."""
+    if request.scale is None:
+        root = abs(request.spec.scale) ** 0.5  # type: ignore[arg-type]
+        return q * (root if request.spec.scale >= 0 else -root), k * root  # type: ignore[operator]
+    scale = request.scale.astype(q.dtype)[:, None, None, None]
+    positive = scale != 0  # the derivative of sqrt at 0 is infinite: all of a zero scale goes to q
+    root = jnp.sqrt(jnp.abs(jnp.where(positive, scale, 1)))
+    return q * jnp.where(positive, jnp.sign(scale) * root, scale), k * root

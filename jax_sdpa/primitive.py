@@ -1,0 +1,231 @@
+"""Attention as JAX primitives of our own: abstract values, batching, derivatives, lowering per platform. Knows no mask, no kernel.
+
+Three primitives share one form: the leaves of a request, then what else they need.
+
+    forward (*request)                      -> out, lse
+    tangent (*request, out, lse, *tangents) -> dout, dlse                linear in the tangents; its transpose is
+    backward(*request, out, lse, *cts)      -> a cotangent per operand in `wrt`
+
+The jvp of `forward` binds `tangent`; the derivatives of `tangent` and `backward` come from their plain JAX definitions, so jvp,
+grad, second and third derivatives, vmap, remat and scan all work through every backend. The backend is chosen when a program
+is lowered, once for each platform: one traced function, and one exported artefact, runs the right one on each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_sdpa import compat
+from jax_sdpa.device import PLATFORMS, Device, target
+from jax_sdpa.dispatch import implementation_for
+from jax_sdpa.implementations import DEFINITION
+from jax_sdpa.implementations.base import Implementation
+from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
+
+OUT_NAME, LSE_NAME = "sdpa_out", "sdpa_lse"
+"""The names for `jax.checkpoint` policies: saved, they keep the forward from running twice."""
+
+Evaluate = Callable[..., Sequence[jax.Array]]  # (implementation, request, *the other operands, **params)
+
+
+def _evaluate_forward(implementation: Implementation, request: SdpaRequest) -> Sequence[jax.Array]:
+    return implementation.run(request)
+
+
+def _evaluate_tangent(
+    implementation: Implementation, request: SdpaRequest, out: jax.Array, lse: jax.Array, *tangents: jax.Array, wrt: tuple[str, ...]
+) -> Sequence[jax.Array]:
+    return implementation.tangent(request, out, lse, dict(zip(wrt, tangents, strict=True)))
+
+
+def _evaluate_backward(
+    implementation: Implementation,
+    request: SdpaRequest,
+    out: jax.Array,
+    lse: jax.Array,
+    *cts: jax.Array,
+    wrt: tuple[str, ...],
+    has_ct: tuple[bool, bool],
+) -> Sequence[jax.Array]:
+    given = iter(cts)
+    dout, dlse = (next(given) if has else None for has in has_ct)
+    cotangents = implementation.backward(request, out, lse, dout, dlse, wrt)
+    return [cotangents[name] for name in wrt]
+
+
+def _split(args: Sequence[Any], treedef: Any) -> tuple[SdpaRequest, Sequence[Any]]:
+    n = treedef.num_leaves
+    return jax.tree.unflatten(treedef, args[:n]), args[n:]
+
+
+def _lse_dtype(request: SdpaRequest) -> Any:
+    return jnp.promote_types(request.query.dtype, jnp.float32)
+
+
+def _out_avals(request: SdpaRequest, *rest: Any, **params: Any) -> list[Any]:
+    return [
+        compat.varying_like(request.query, request.out_shape, request.query.dtype),
+        compat.varying_like(request.query, request.lse_shape, _lse_dtype(request)),
+    ]
+
+
+def _cotangent_avals(request: SdpaRequest, *rest: Any, wrt: tuple[str, ...], **params: Any) -> list[Any]:
+    operands = [getattr(request, name) for name in wrt]
+    return [compat.varying_like(request.query, operand.shape, operand.dtype) for operand in operands]
+
+
+def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]]) -> Primitive:
+    """A primitive that lowers to `evaluate` with the implementation that the platform's device chooses."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    @functools.partial(jax.jit, static_argnames="params")
+    def run(*args: jax.Array, params: tuple[tuple[str, Any], ...]) -> Any:
+        return primitive.bind(*args, **dict(params))
+
+    primitive.def_impl(lambda *args, **params: run(*args, params=tuple(params.items())))
+
+    def abstract(*args: Any, treedef: Any, **params: Any) -> list[Any]:
+        request, rest = _split(args, treedef)
+        return avals(request, *rest, **params)
+
+    primitive.def_abstract_eval(abstract)
+
+    def lowering(device: Callable[[SdpaRequest], Device]) -> Callable[..., Any]:
+        def rule(ctx: Any, *args: Any, treedef: Any, **params: Any) -> Any:
+            request, _ = _split(ctx.avals_in, treedef)
+            implementation = implementation_for(request, device(request))
+
+            def program(*args: jax.Array) -> Sequence[jax.Array]:
+                request, rest = _split(args, treedef)
+                with jax.named_scope(f"{name}_{implementation.backend.name.lower()}"):
+                    return evaluate(implementation, request, *rest, **params)
+
+            return mlir.lower_fun(program, multiple_results=True)(ctx, *args)
+
+        return rule
+
+    mlir.register_lowering(primitive, lowering(lambda request: Device("other")))
+    for platform in PLATFORMS:
+        rule = lowering(lambda request, platform=platform: target(platform, request.spec.device))  # type: ignore[misc]
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+def _by_definition(evaluate: Evaluate) -> Callable[..., Any]:
+    """The jvp of `tangent` and `backward`: that of their plain JAX definition, in the operands that do vary."""
+
+    def rule(primals: Sequence[Any], tangents: Sequence[Any], *, treedef: Any, **params: Any) -> Any:
+        varying = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+        def definition(*operands: jax.Array) -> Sequence[jax.Array]:
+            args = list(primals)
+            for i, operand in zip(varying, operands, strict=True):
+                args[i] = operand
+            request, rest = _split(args, treedef)
+            return tuple(evaluate(DEFINITION, request, *rest, **params))
+
+        outs, dots = jax.jvp(definition, [primals[i] for i in varying], [tangents[i] for i in varying])
+        return list(outs), list(dots)
+
+    return rule
+
+
+# --- derivatives of the forward
+
+
+def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, treedef: Any) -> Any:
+    request, _ = _split(primals, treedef)
+    moving, _ = _split(tangents, treedef)
+    wrt = tuple(
+        name for name in DIFFERENTIABLE if getattr(moving, name) is not None and type(getattr(moving, name)) is not ad.Zero
+    )
+    wrt = tuple(name for name in DIFFERENTIABLE if name in {*wrt, *request.spec.wrt})
+    leaves, treedef = jax.tree.flatten(request.with_spec(wrt=wrt))
+    out, lse = forward_p.bind(*leaves, treedef=treedef)
+    out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
+    named = tuple(name for name in wrt if type(getattr(moving, name)) is not ad.Zero)
+    if not named:
+        return [out, lse], [ad.Zero.from_primal_value(out), ad.Zero.from_primal_value(lse)]
+    dots = [getattr(moving, name) for name in named]
+    return [out, lse], tangent_p.bind(*leaves, out, lse, *dots, treedef=treedef, wrt=named)
+
+
+def _tangent_transpose(cts: Sequence[Any], *args: Any, treedef: Any, wrt: tuple[str, ...]) -> list[Any]:
+    n = treedef.num_leaves + 2
+    residuals, tangents = args[:n], args[n:]
+    wanted = tuple(name for name, tangent in zip(wrt, tangents, strict=True) if ad.is_undefined_primal(tangent))
+    has_ct = tuple(type(ct) is not ad.Zero for ct in cts)
+    given = [ct for ct, has in zip(cts, has_ct, strict=True) if has]
+    operands = compat.vary_together([*residuals, *given])
+    found = dict(zip(wanted, backward_p.bind(*operands, treedef=treedef, wrt=wanted, has_ct=has_ct), strict=True)) if given else {}
+    return [None] * n + [found.get(name) for name in wrt]
+
+
+# --- batching: a mapped axis becomes the slow part of the batch
+
+
+def _fold(x: Any, dim: int | None, n: Any, batch: Any, full: bool) -> Any:
+    """(…n…, 1|B, …) -> (n * B, …), or unchanged where every batch element of every mapped entry shares it."""
+    if not full:
+        return x
+    x = jnp.broadcast_to(x, (n, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    if x.shape[1] != batch:
+        x = jnp.broadcast_to(x, (n, batch, *x.shape[2:]))
+    return jnp.reshape(x, (n * batch, *x.shape[2:]))
+
+
+def _unfold(x: jax.Array, n: Any) -> jax.Array:
+    return jnp.reshape(x, (n, x.shape[0] // n, *x.shape[1:]))
+
+
+def _batch_rule(primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, **params: Any) -> Any:
+    n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    shapes = [x.shape if d is None else x.shape[:d] + x.shape[d + 1 :] for x, d in zip(args, dims, strict=True)]
+    positions, others = _split(range(len(args)), treedef)
+    batch = shapes[positions.query][0]
+    wrt = params.get("wrt", ())
+    full = [d is not None or (shape[0] == batch and batch != 1) for shape, d in zip(shapes, dims, strict=True)]
+    for i in (positions.query, positions.key, positions.value, *others[:2]):  # these and out, lse are never shared
+        full[i] = True
+    if primitive is tangent_p:  # an operand and its tangent have one shape
+        for name, i in zip(wrt, others[2:], strict=True):
+            full[i] = full[getattr(positions, name)] = full[i] or full[getattr(positions, name)]
+    if primitive is backward_p:  # a cotangent for each mapped entry; dout and dlse as out and lse
+        for i in (*(getattr(positions, name) for name in wrt), *others[2:]):
+            full[i] = True
+    folded = [_fold(x, d, n, batch, f) for x, d, f in zip(args, dims, full, strict=True)]
+    results = [_unfold(x, n) for x in primitive.bind(*folded, treedef=treedef, **params)]
+    if primitive is backward_p:
+        shared = [shapes[getattr(positions, name)][0] != batch for name in wrt]
+        results = [x.sum(1, keepdims=True) if one else x for x, one in zip(results, shared, strict=True)]
+    return results, [0] * len(results)
+
+
+forward_p = _make("sdpa_forward", _evaluate_forward, _out_avals)
+tangent_p = _make("sdpa_tangent", _evaluate_tangent, _out_avals)
+backward_p = _make("sdpa_backward", _evaluate_backward, _cotangent_avals)
+
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_jvps[tangent_p] = _by_definition(_evaluate_tangent)
+ad.primitive_jvps[backward_p] = _by_definition(_evaluate_backward)
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+for _primitive in (forward_p, tangent_p, backward_p):
+    batching.primitive_batchers[_primitive] = functools.partial(_batch_rule, _primitive)
+
+
+def attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of a canonical request, by the backend that is chosen when the program is lowered."""
+    leaves, treedef = jax.tree.flatten(request)
+    out, lse = forward_p.bind(*compat.vary_together(leaves), treedef=treedef)
+    return out, lse
+
+

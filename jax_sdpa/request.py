@@ -1,0 +1,114 @@
+"""The call as one frozen value, and the value as the backends read it. `check.py` makes it from a user's arguments.
+
+Canonical form: q (B, Hq, L, E), k (B, H, S, E), v (B, H, S, Ev) in the memory layout they came in; every other array has a
+leading dim of 1 or B. So a mapped axis folds into the batch, a mesh axis shards it, and nobody below asks for ranks again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jax_sdpa.context import Allowed
+from jax_sdpa.masks import Mask, conjunction
+
+DIFFERENTIABLE = ("query", "key", "value", "bias", "scale", "sinks")
+"""The operands that have cotangents, in the order in which they are listed everywhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SdpaSpec:
+    """Everything about a call that is known while tracing; hashable, part of the primitive's parameters."""
+
+    layout: str  # 'BHLE' (torch's face) or 'BLHE' (JAX's)
+    allowed: Allowed  # what the caller allowed when the call was traced; the backward keeps to it
+    scale: float | None  # None: a traced scale, among the operands
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    precision: str = "highest"  # of float32 products
+    low_precision_math: bool = False  # torch's allow_fp16_bf16_reduction_math_sdp
+    returns_lse: bool = False  # the caller asked for lse, so it may get a cotangent
+    device: str | None = None  # an assumed device
+    wrt: tuple[str, ...] = ()  # the operands that are being differentiated: a backend must be able to
+    static_loops: bool = False  # loops with static bounds only: those are reverse-differentiable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SdpaRequest:
+    """One attention call: `softmax(softcap(scale * q @ k.T) + bias, kept keys only) @ v`, with dropout on the probabilities.
+
+    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) for layout 'BHLE', with heads behind lengths for 'BLHE';
+    bias, float, and keep_mask, bool (B|1, Hq|1, L|1, S|1); masks, structured ones with (B|1, …) arrays; scale (B|1,);
+    sinks (B|1, Hq); dropout_seeds uint32 (B|1, Hq|1, 2). What is absent is None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any = None
+    keep_mask: Any = None
+    masks: tuple[Mask, ...] = ()
+    scale: Any = None
+    sinks: Any = None
+    dropout_seeds: Any = None
+    spec: SdpaSpec = dataclasses.field(default=None, metadata={"static": True})  # type: ignore[assignment]
+
+    @property
+    def heads_axis(self) -> int:
+        return 1 if self.spec.layout == "BHLE" else 2
+
+    @property
+    def length_axis(self) -> int:
+        return 3 - self.heads_axis
+
+    @property
+    def batch(self) -> Any:
+        return self.query.shape[0]
+
+    @property
+    def q_heads(self) -> Any:
+        return self.query.shape[self.heads_axis]
+
+    @property
+    def kv_heads(self) -> Any:
+        return self.key.shape[self.heads_axis]
+
+    @property
+    def query_len(self) -> Any:
+        return self.query.shape[self.length_axis]
+
+    @property
+    def key_len(self) -> Any:
+        return self.key.shape[self.length_axis]
+
+    @property
+    def head_dim(self) -> Any:
+        return self.query.shape[3]
+
+    @property
+    def value_head_dim(self) -> Any:
+        return self.value.shape[3]
+
+    @property
+    def group(self) -> Any:
+        """Query heads per key/value head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def out_shape(self) -> tuple[Any, ...]:
+        return (*self.query.shape[:3], self.value_head_dim)
+
+    @property
+    def lse_shape(self) -> tuple[Any, ...]:
+        return (self.batch, self.q_heads, self.query_len)
+
+    @property
+    def mask(self) -> Mask:
+        """The conjunction of the structured masks."""
+        return conjunction(self.masks)
+
+    def with_spec(self, **changes: Any) -> SdpaRequest:
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changes))
