@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax._src import dispatch as _dispatch
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX's cuDNN attention: the backward from (out, lse) is not public
 from jax.sharding import PartitionSpec
 
-__all__ = ["JAX_VERSION", "cudnn", "cudnn_version", "is_symbolic", "varying_like", "vary_together"]
+__all__ = ["JAX_VERSION", "cudnn", "cudnn_version", "is_symbolic", "may_partition", "needs_devices", "varying_like", "vary_together"]
 
 JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
 
@@ -47,3 +48,14 @@ def cudnn_version() -> int | None:
     if cudnn.cuda_versions is None:
         return None
     return int(cudnn.cuda_versions.cudnn_get_version())
+
+
+def may_partition(ctx: Any) -> bool:
+    """Whether the program being lowered is for several devices that XLA itself divides the work among."""
+    context = ctx.module_context.axis_context
+    return getattr(context, "num_devices", 1) > 1 and getattr(context, "device_assignment", None) is not None
+
+
+def needs_devices(primitive: Any) -> None:
+    """Tell JAX that this primitive's lowering wants to know the devices (`custom_partitioning` does)."""
+    _dispatch.prim_requires_devices_during_lowering.add(primitive)

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_sdpa import compat
+from jax_sdpa import compat, sharding
 from jax_sdpa.device import PLATFORMS, Device, target
 from jax_sdpa.dispatch import implementation_for
 from jax_sdpa.implementations import DEFINITION
@@ -82,10 +82,29 @@ def _cotangent_avals(request: SdpaRequest, *rest: Any, wrt: tuple[str, ...], **p
     return [compat.varying_like(request.query, operand.shape, operand.dtype) for operand in operands]
 
 
-def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]]) -> Primitive:
+def _out_labels(request: SdpaRequest, **params: Any) -> list[str]:
+    return list(sharding.out_labels(request))
+
+
+def _cotangent_labels(request: SdpaRequest, wrt: tuple[str, ...], **params: Any) -> list[str]:
+    return [getattr(sharding.request_labels(request), name) for name in wrt]
+
+
+def _operand_labels(request: SdpaRequest, wrt: tuple[str, ...] | None = None, has_ct: tuple[bool, ...] | None = None) -> list[str]:
+    """Labels of all operands of the primitive that has these parameters: request, out and lse, then tangents or cotangents."""
+    labels = jax.tree.leaves(sharding.request_labels(request))
+    if wrt is None:
+        return labels
+    outs = _out_labels(request)
+    last = _cotangent_labels(request, wrt) if has_ct is None else [out for out, has in zip(outs, has_ct, strict=True) if has]
+    return [*labels, *outs, *last]
+
+
+def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]], labels: Callable[..., list[str]]) -> Primitive:
     """A primitive that lowers to `evaluate` with the implementation that the platform's device chooses."""
     primitive = Primitive(name)
     primitive.multiple_results = True
+    compat.needs_devices(primitive)
 
     @functools.partial(jax.jit, static_argnames="params")
     def run(*args: jax.Array, params: tuple[tuple[str, Any], ...]) -> Any:
@@ -109,6 +128,9 @@ def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]]) -> Pri
                 with jax.named_scope(f"{name}_{implementation.backend.name.lower()}"):
                     return evaluate(implementation, request, *rest, **params)
 
+            if implementation.needs_partitioning and compat.may_partition(ctx):
+                operands, results = _operand_labels(request, **params), labels(request, **params)
+                program = sharding.partitioned(program, request, operands, results)
             return mlir.lower_fun(program, multiple_results=True)(ctx, *args)
 
         return rule
@@ -210,9 +232,9 @@ def _batch_rule(primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], 
     return results, [0] * len(results)
 
 
-forward_p = _make("sdpa_forward", _evaluate_forward, _out_avals)
-tangent_p = _make("sdpa_tangent", _evaluate_tangent, _out_avals)
-backward_p = _make("sdpa_backward", _evaluate_backward, _cotangent_avals)
+forward_p = _make("sdpa_forward", _evaluate_forward, _out_avals, _out_labels)
+tangent_p = _make("sdpa_tangent", _evaluate_tangent, _out_avals, _out_labels)
+backward_p = _make("sdpa_backward", _evaluate_backward, _cotangent_avals, _cotangent_labels)
 
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _by_definition(_evaluate_tangent)

@@ -19,6 +19,7 @@ class Implementation:
 
     backend: SDPBackend
     heading: str  # torch's words above the reasons
+    needs_partitioning: bool = True  # its program loops over heads or is a kernel: XLA cannot cut it over a mesh by itself
 
     def reasons_against(self, request: SdpaRequest, device: Device) -> list[str]:
         """Every reason, in plain sentences, why this backend can't run the request on the device; reads shapes and dtypes only."""

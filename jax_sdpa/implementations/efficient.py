@@ -9,3 +9,4 @@ from jax_sdpa.implementations.math import Math
 class Efficient(Math):
     backend = SDPBackend.EFFICIENT_ATTENTION
     heading = "Memory efficient kernel not used because:"
+    needs_partitioning = True

@@ -73,6 +73,7 @@ class Math(Implementation):
 
     backend = SDPBackend.MATH
     heading = "Math attention kernel not used because:"
+    needs_partitioning = False
 
     def reasons_against(self, request: SdpaRequest, device: Device) -> list[str]:
         return []

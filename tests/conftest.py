@@ -1,0 +1,43 @@
+"""Devices and strictness: 8 virtual CPU devices, torch required unless this leg says it goes without, GPU tests only with a GPU."""
+
+import glob
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+if not glob.glob("/dev/nvidia[0-9]*"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from jax_sdpa.attention import SDPBackend
+
+XLA_BACKENDS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def _has_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("JAX_SDPA_WITHOUT_TORCH") == "1":  # elsewhere a missing torch fails the test that needs it
+        without = [item for item in items if item.get_closest_marker("torch")]
+        items[:] = [item for item in items if not item.get_closest_marker("torch")]
+        config.hook.pytest_deselected(items=without)
+    if not _has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU is visible"))
+
+
+@pytest.fixture(params=XLA_BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> SDPBackend:
+    """Every backend that runs everywhere: each test that takes it must hold for all of them."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["x32", "x64"])
+def x64(request: pytest.FixtureRequest):
+    """Both settings of `jax_enable_x64`; the value says which."""
+    with jax.enable_x64(request.param):
+        yield request.param

@@ -1,0 +1,98 @@
+"""Problems to solve, and how to run one on a backend: under jit, through either face, with every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from oracle import Problem
+
+from jax_sdpa import dot_product_attention, scaled_dot_product_attention
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.masks import Mask, as_mask
+
+
+def make(
+    L: int,
+    S: int,
+    *,
+    B: int | tuple[int, ...] = 2,
+    Hq: int = 2,
+    Hk: int | None = None,
+    Hv: int | None = None,
+    E: int = 8,
+    Ev: int | None = None,
+    dlse: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Problem:
+    """A problem of normal random arrays; `options` are fields of Problem."""
+    rng = np.random.default_rng([seed, L, S])
+    batch = (B,) if isinstance(B, int) else B
+    Hk = Hq if Hk is None else Hk
+    Hv = Hk if Hv is None else Hv
+    Ev = E if Ev is None else Ev
+    draw = lambda *shape: rng.standard_normal((*batch, *shape))
+    return Problem(
+        draw(Hq, L, E), draw(Hk, S, E), draw(Hv, S, Ev), draw(Hq, L, Ev), dlse=draw(Hq, L) if dlse else None, **options
+    )
+
+
+def on_jax(
+    problem: Problem,
+    backend: SDPBackend,
+    *,
+    face: str = "torch",
+    mask: Mask | None = None,
+    wrt: tuple[str, ...] | None = None,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """{'out', 'lse' (JAX's face), and the cotangent of each float operand}, one compiled program.
+
+    mask: a structured mask in place of the problem's `keep`, which is its picture for the oracle. Its arrays are traced.
+    A problem's scale is traced and differentiated if it is a NumPy array. options: further arguments of the face.
+    """
+    operands = {name: getattr(problem, name) for name in ("query", "key", "value", "bias", "sinks")}
+    if isinstance(problem.scale, np.ndarray):
+        operands["scale"] = problem.scale
+    operands = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
+    wrt = tuple(operands) if wrt is None else wrt
+    hidden = mask if mask is not None else None if problem.keep is None else as_mask(jnp.asarray(problem.keep))
+    constant = {name: x for name, x in operands.items() if name not in wrt}
+    moving = {name: x for name, x in operands.items() if name in wrt}
+
+    def attend(given: dict[str, jax.Array], hidden: Mask | None) -> Any:
+        q, k, v = given["query"], given["key"], given["value"]
+        bias, sinks, scale = given.get("bias"), given.get("sinks"), given.get("scale", problem.scale)
+        if face == "torch":
+            both = hidden if bias is None else bias if hidden is None else hidden & bias
+            gqa = q.ndim > 2 and len({q.shape[-3], k.shape[-3], v.shape[-3]}) > 1
+            return scaled_dot_product_attention(q, k, v, both, scale=scale, **{"enable_gqa": gqa, **options}), None
+        q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
+        out, lse = dot_product_attention(
+            q, k, v, bias, hidden, scale=scale, sinks=sinks, softcap=problem.softcap, return_residual=True, **options
+        )
+        return jnp.swapaxes(out, -2, -3), jnp.swapaxes(lse, -1, -2)
+
+    @jax.jit
+    def run(moving: Any, constant: Any, hidden: Any, dout: Any, dlse: Any) -> Any:
+        (out, lse), pullback = jax.vjp(lambda moving: attend({**moving, **constant}, hidden), moving)
+        if lse is not None:
+            dlse = jnp.zeros_like(lse) if dlse is None else dlse.astype(lse.dtype)
+        return {"out": out, **({} if lse is None else {"lse": lse}), **pullback((dout.astype(out.dtype), dlse))[0]}
+
+    with sdpa_kernel(backend):
+        got = run(moving, constant, hidden, jnp.asarray(problem.dout), None if problem.dlse is None else jnp.asarray(problem.dlse))
+    return {name: np.asarray(x) for name, x in got.items()}
+
+
+def dropped(key: Any, B: int, Hq: int, L: int, S: int, p: float) -> np.ndarray:
+    """What dropout multiplies the probabilities by, (B, Hq, L, S)."""
+    from jax_sdpa import dropout
+
+    if p == 1:
+        return np.zeros((B, Hq, L, S))
+    keep = dropout.keep_block(dropout.seeds(key, B, Hq), 0, L, 0, S, p)
+    return np.asarray(keep, np.float64) / (1 - dropout.rounded(p))
