@@ -23,7 +23,7 @@ def as_array(x: Any, name: str) -> jax.Array:
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
         hint = " Convert it first: jnp.asarray(tensor.numpy())." if type(x).__module__.startswith("torch") else ""
         raise TypeError(f"{name} must be a JAX or NumPy array, got {type(x).__name__}.{hint}")
-    if x.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if x.dtype == np.float64 and not compat.x64_enabled():
         raise TypeError(
             f"{name} is float64, which JAX would silently turn into float32: call jax.config.update('jax_enable_x64', True), "
             f"or pass {name}.astype(np.float32)."
@@ -212,14 +212,13 @@ def _request(
     static_scale, traced_scale = _scale(scale, E, q.dtype)
     bias, keep_mask, masks = _split_mask(mask, batch, (Hq, L, S), rank, q.dtype, mask_name)
     p, seeds = _dropout(dropout_p, dropout_rng, batch, Hq)
-    precision = jax.config.jax_default_matmul_precision
     spec = SdpaSpec(
         layout=layout,
         allowed=allowed,
         scale=static_scale,
         softcap=softcap,
         dropout_p=p,
-        precision="highest" if precision is None else str(precision),
+        precision=compat.default_matmul_precision() or "highest",
         low_precision_math=TOGGLES.value.low_precision_math,
         returns_lse=returns_lse,
         device=DEVICE.value,
@@ -283,7 +282,7 @@ def _implementation(implementation: Any) -> Allowed:
         raise ValueError(f"implementation must be 'xla', 'cudnn' or None, got {implementation!r}.")
     around = KERNEL.value
     chosen = tuple(b for b in BACKENDS if b in named[implementation] and (around is None or b in around.backends))
-    if not chosen:
+    if around is not None and not chosen:
         raise ValueError(
             f"implementation={implementation!r} conflicts with the surrounding sdpa_kernel, which allows only "
             f"{[b.name for b in around.backends]}: drop one of the two."
@@ -319,7 +318,9 @@ def jax_request(
     if mask is not None:
         value_mask = _mask_value(mask, "mask")
         if isinstance(value_mask, Dense) and value_mask.array.dtype != bool:
-            raise TypeError(f"mask must be a bool array or a structured mask, got {value_mask.array.dtype}; an additive one goes to bias.")
+            raise TypeError(
+                f"mask must be a bool array or a structured mask, got {value_mask.array.dtype}; an additive one goes to bias."
+            )
         parts.append(value_mask)  # type: ignore[arg-type]
     if _flag(is_causal, "is_causal"):
         parts.append(causal())

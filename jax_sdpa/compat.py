@@ -6,11 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import dispatch as _dispatch
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX's cuDNN attention: the backward from (out, lse) is not public
+from jax.core import ShapedArray
+from jax.interpreters import ad
 from jax.sharding import PartitionSpec
 
-__all__ = ["JAX_VERSION", "cudnn", "cudnn_version", "is_symbolic", "may_partition", "needs_devices", "varying_like", "vary_together"]
+__all__ = [
+    "JAX_VERSION",
+    "cudnn_attention",
+    "cudnn_attention_backward",
+    "cudnn_version",
+    "default_device",
+    "default_matmul_precision",
+    "is_symbolic",
+    "may_partition",
+    "needs_devices",
+    "vary_together",
+    "varying_like",
+    "x64_enabled",
+    "zero_tangent",
+]
 
 JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
 
@@ -38,16 +55,19 @@ def vary_together(arrays: Sequence[Any]) -> list[Any]:
 def varying_like(aval: Any, shape: tuple[Any, ...], dtype: Any) -> Any:
     """An abstract array that varies over the manual mesh axes over which `aval` varies."""
     if not _varying(aval):
-        return jax.core.ShapedArray(shape, dtype)
+        return ShapedArray(shape, dtype)
     sharding = aval.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-    return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=aval.manual_axis_type)
+    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=aval.manual_axis_type)
 
 
 def cudnn_version() -> int | None:
     """The version of the cuDNN that this jaxlib can load, as in 91600; None where there is none."""
     if cudnn.cuda_versions is None:
         return None
-    return int(cudnn.cuda_versions.cudnn_get_version())
+    try:
+        return int(cudnn.cuda_versions.cudnn_get_version())
+    except RuntimeError:  # JAX's answer where its CUDA plugin is installed and cuDNN is not
+        return None
 
 
 def may_partition(ctx: Any) -> bool:
@@ -59,3 +79,76 @@ def may_partition(ctx: Any) -> bool:
 def needs_devices(primitive: Any) -> None:
     """Tell JAX that this primitive's lowering wants to know the devices (`custom_partitioning` does)."""
     _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def x64_enabled() -> bool:
+    """`jax.config.jax_enable_x64` as it holds at this point."""
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+def default_matmul_precision() -> str | None:
+    """`jax.default_matmul_precision` as it holds at this point; None where nobody asked for any."""
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return None if precision is None else str(precision)
+
+
+def default_device() -> Any:
+    """`jax.default_device` as it holds at this point: a device, a platform's name or None."""
+    return jax.config.jax_default_device  # type: ignore[attr-defined]
+
+
+def zero_tangent(primal: Any) -> Any:
+    """The symbolic zero in the tangent space of a value."""
+    return ad.Zero.from_primal_value(primal)
+
+
+_NO_SCORE_MOD: dict[str, Any] = {"score_mod_name": None, "score_mod_jaxpr": None} if JAX_VERSION >= (0, 12) else {}
+
+
+def _cudnn_operands(query: Any, bias: Any, q_lengths: Any, kv_lengths: Any) -> list[Any]:
+    """bias, lengths, and in place of offsets and page tables (packed and paged attention) JAX's mark for "not used"."""
+    not_used = jnp.zeros(0, query.dtype)
+    return [not_used if x is None else x for x in (bias, q_lengths, kv_lengths, None, None, None, None)]
+
+
+def _cudnn_params(
+    scale: float, causal: bool, window: int | None, padded: bool, layout: str, has_bias: bool, has_dbias: bool
+) -> dict[str, Any]:
+    kinds = cudnn.MaskType
+    masks = {
+        (False, False): kinds.NO_MASK,
+        (True, False): kinds.CAUSAL,
+        (False, True): kinds.PADDING,
+        (True, True): kinds.PADDING_CAUSAL,
+    }
+    return {
+        "scale": scale, "seed": 0, "dropout_rate": 0.0, "variadic_args": (has_bias, has_dbias), "mask_type": masks[causal, padded],
+        "layout": cudnn.AttentionLayout[layout].value, "sliding_window_length": window, **_NO_SCORE_MOD,
+    }  # fmt: skip
+
+
+def cudnn_attention(
+    query: Any, key: Any, value: Any, bias: Any, q_lengths: Any, kv_lengths: Any, *, scale: float, causal: bool,
+    window: int | None, layout: str,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(out, lse (B, N, T) float32) by cuDNN; nothing is checked, no device is asked.
+
+    layout: 'BNTH' or 'BTNH'. bias: (B|1, N|1, T, S) or None. q_lengths, kv_lengths: int32 (B,), both or none.
+    causal: k <= q; window: also k > q - window.
+
+    The primitive below JAX's own wrapper: the wrapper asks for the devices of this host and brings a partitioning of its own.
+    """
+    params = _cudnn_params(scale, causal, window, q_lengths is not None, layout, bias is not None, False)
+    operands = _cudnn_operands(query, bias, q_lengths, kv_lengths)
+    out, lse = cudnn._dot_product_attention_fwd_p.bind(query, key, value, *operands, **params, is_training=True)
+    return out, lse
+
+
+def cudnn_attention_backward(
+    query: Any, key: Any, value: Any, bias: Any, q_lengths: Any, kv_lengths: Any, out: Any, lse: Any, dout: Any, *, scale: float,
+    causal: bool, window: int | None, layout: str, with_dbias: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """(dq, dk, dv), and dbias if asked for, by cuDNN from the forward's results. Arguments as in `cudnn_attention`."""
+    params = _cudnn_params(scale, causal, window, q_lengths is not None, layout, bias is not None, with_dbias)
+    operands = _cudnn_operands(query, bias, q_lengths, kv_lengths)
+    return tuple(cudnn._dot_product_attention_bwd_p.bind(query, key, value, *operands, lse, out, dout, **params))

@@ -45,7 +45,7 @@ def parse(name: str) -> Device:
     return Device(platform, architecture, int(cudnn) if cudnn else compat.cudnn_version(), real=False)
 
 
-def assume_device(name: str):  # noqa: ANN201 - JAX's own context manager
+def assume_device(name: str):
     """A context in which programs lowered for a platform that is not here are lowered for this very device.
 
     'cuda' alone names no architecture: an export on a machine without a GPU takes the backends that any GPU can run, unless it
@@ -76,7 +76,7 @@ def target(platform: str, assumed: str | None) -> Device:
 
 def default() -> Device:
     """The device that an eager call uses now: `jax.default_device`, else the default backend's."""
-    chosen = jax.config.jax_default_device
+    chosen = compat.default_device()
     platform = chosen if isinstance(chosen, str) else getattr(chosen, "platform", None) or jax.default_backend()
     return target("cuda" if platform == "gpu" else platform, DEVICE.value)
 

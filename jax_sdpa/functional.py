@@ -174,7 +174,11 @@ def _request_of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def explain(
-    *args: Any, call: Callable[..., Any] = scaled_dot_product_attention, device: str | None = None, grad: bool = False, **kwargs: Any
+    *args: Any,
+    call: Callable[..., Any] = scaled_dot_product_attention,
+    device: str | None = None,
+    grad: bool = False,
+    **kwargs: Any,
 ) -> dispatch.Choice:
     """Which backend a call would run on, and for each other one every reason why not; nothing is run.
 

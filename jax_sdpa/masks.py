@@ -62,7 +62,6 @@ def _require_integers(x: Any, name: str) -> None:
         raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}.")
 
 
-
 class Mask:
     """What every mask is: a frozen pytree that combines with `&` and answers the questions of this module's docstring."""
 

@@ -167,16 +167,14 @@ def _by_definition(evaluate: Evaluate) -> Callable[..., Any]:
 def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, treedef: Any) -> Any:
     request, _ = _split(primals, treedef)
     moving, _ = _split(tangents, treedef)
-    wrt = tuple(
-        name for name in DIFFERENTIABLE if getattr(moving, name) is not None and type(getattr(moving, name)) is not ad.Zero
-    )
+    wrt = tuple(name for name in DIFFERENTIABLE if getattr(moving, name) is not None and type(getattr(moving, name)) is not ad.Zero)
     wrt = tuple(name for name in DIFFERENTIABLE if name in {*wrt, *request.spec.wrt})
     leaves, treedef = jax.tree.flatten(request.with_spec(wrt=wrt))
     out, lse = forward_p.bind(*leaves, treedef=treedef)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     named = tuple(name for name in wrt if type(getattr(moving, name)) is not ad.Zero)
     if not named:
-        return [out, lse], [ad.Zero.from_primal_value(out), ad.Zero.from_primal_value(lse)]
+        return [out, lse], [compat.zero_tangent(out), compat.zero_tangent(lse)]
     dots = [getattr(moving, name) for name in named]
     return [out, lse], tangent_p.bind(*leaves, out, lse, *dots, treedef=treedef, wrt=named)
 
@@ -249,5 +247,3 @@ def attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     leaves, treedef = jax.tree.flatten(request)
     out, lse = forward_p.bind(*compat.vary_together(leaves), treedef=treedef)
     return out, lse
-
-

@@ -28,11 +28,7 @@ TORCH_CASES = {
 @pytest.mark.parametrize("name", TORCH_CASES)
 def test_oracle_is_torch_math_in_float64(name):
     problem, options = TORCH_CASES[name]
-    mask = None if "is_causal" not in options else ()
-    if mask == ():
-        theirs = on_torch(problem.but(keep=None), "float64", **options)
-    else:
-        theirs = on_torch(problem, "float64", **options)
+    theirs = on_torch(problem.but(keep=None) if "is_causal" in options else problem, "float64", **options)
     ours = solve(problem)
     for what, x in theirs.items():
         np.testing.assert_allclose(x, ours[what].astype(np.float64), rtol=1e-12, atol=1e-13, err_msg=what)
@@ -75,7 +71,7 @@ def test_the_rule_accepts_honest_results_and_catches_wrong_ones():
             check(problem, {**honest, "value": np.where(np.arange(8) == 3, 0, honest["value"]).astype(dtype)})
         with pytest.raises(AssertionError, match="query: error"):
             check(problem, {**honest, "query": (np.asarray(honest["query"], np.float32) * 1.05).astype(dtype)})
-        with pytest.raises(AssertionError, match="NaN"):
+        with pytest.raises(AssertionError, match="error nan"):
             check(problem, {**honest, "out": np.full_like(honest["out"], np.nan)})
     with pytest.raises(AssertionError, match="shape"):
         assert_as_good(np.zeros(3), np.zeros((3, 1)), np.zeros((3, 1)))

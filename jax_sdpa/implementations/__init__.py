@@ -27,5 +27,6 @@ def faster_on_cpu(request: SdpaRequest) -> SDPBackend:
     batch, heads, L, S = sizes
     return SDPBackend.MATH if batch * heads * L * S <= MATH_SCORES else SDPBackend.EFFICIENT_ATTENTION
 
+
 DEFINITION: Implementation = Math()
 """What the derivatives of derivatives are taken of, whatever backend runs."""

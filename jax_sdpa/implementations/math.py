@@ -41,13 +41,13 @@ def attention(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     s, _ = scores.cap(request, s)
     s = scores.add_masks(request, s, 0, 0)  # (B, Hq, L, S)
     m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-    if request.sinks is not None:
-        sinks = request.sinks[:, :, None, None].astype(s.dtype)
+    sinks = None if request.sinks is None else request.sinks[:, :, None, None].astype(s.dtype)
+    if sinks is not None:
         m = jnp.maximum(m, lax.stop_gradient(sinks))
     m = jnp.where(jnp.isneginf(m), 0, m)  # a row without keys: exp(-inf - 0) = 0, where -inf - -inf would be NaN
     p = jnp.exp(s - m)
     total = jnp.sum(p, axis=-1, keepdims=True)
-    if request.sinks is not None:
+    if sinks is not None:
         total = total + jnp.exp(sinks - m)
     empty = total == 0
     total = jnp.where(empty, 1, total)
