@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 
 import jax
@@ -14,18 +15,35 @@ from jax_sdpa.context import DEVICE
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
+_DETERMINISM_FLAGS = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+
+
+def deterministic_ops() -> bool:
+    """Whether XLA_FLAGS asks for GPU programs that give the same bits each time they run; XLA reads it once, when it starts.
+
+    The same as a `compiler_options` of one `jax.jit` is not visible while the program is lowered.
+    """
+    given = {}
+    for flag in os.environ.get("XLA_FLAGS", "").split():
+        name, _, value = flag.lstrip("-").partition("=")
+        given[name] = value.lower() in ("", "true", "1")
+    return any(given.get(name, False) for name in _DETERMINISM_FLAGS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What a backend may want to know of a device.
 
     Fields: platform, 'cpu', 'cuda', …; architecture, the CUDA compute capability as (major, minor), None where nobody knows
-    (exported for 'cuda' without a GPU in sight); cudnn, its version as in 91600, None likewise; real, whether it is there.
+    (exported for 'cuda' without a GPU in sight); cudnn, its version as in 91600, None likewise; real, whether it is there;
+    deterministic, whether XLA is asked to compile for it what gives the same bits each time.
     """
 
     platform: str
     architecture: tuple[int, int] | None = None
     cudnn: int | None = None
     real: bool = True
+    deterministic: bool = dataclasses.field(default_factory=deterministic_ops)
 
     def __str__(self) -> str:
         return self.platform if self.architecture is None else f"{self.platform}:sm{self.architecture[0]}{self.architecture[1]}"

@@ -72,7 +72,7 @@ def implementation_for(request: SdpaRequest, device: Device) -> Implementation:
     choice = choose(request, device)
     if choice.backend is None:
         raise no_viable_backend(request, [choice])
-    return IMPLEMENTATIONS[choice.backend]
+    return IMPLEMENTATIONS[choice.backend].for_device(device)
 
 
 def check_viable(request: SdpaRequest, devices: Iterable[Device]) -> None:

@@ -55,6 +55,9 @@ def threefry2x32(k0, k1, x0, x1):
     return x0, x1
 
 
+_threefry2x32_jit = jax.jit(threefry2x32)  # `seeds` is called outside of jit too: one dispatch there instead of a hundred
+
+
 def seeds(key, batch, heads, *, batch_offset=0, head_offset=0):
     """Two words for each batch and query head: `seeds(...)[b, h] = threefry(key', (batch_offset + b, head_offset + h))`.
 
@@ -70,10 +73,10 @@ def seeds(key, batch, heads, *, batch_offset=0, head_offset=0):
         raise ValueError(f"expected one JAX PRNG key, got key data {words.dtype}{list(words.shape)}: use one of jax.random.split's")
     k = words[0], words[1]
     for i in range(2, words.size, 2):
-        k = threefry2x32(*k, words[i], words[i + 1])
-    k = threefry2x32(*k, jnp.asarray(_U(_TAG)), jnp.asarray(_U(DROPOUT_VERSION)))
+        k = _threefry2x32_jit(*k, words[i], words[i + 1])
+    k = _threefry2x32_jit(*k, jnp.asarray(_U(_TAG)), jnp.asarray(_U(DROPOUT_VERSION)))
     b, h = jnp.broadcast_arrays(_indices(batch_offset, batch)[:, None], _indices(head_offset, heads)[None, :])
-    return jnp.stack(threefry2x32(*k, b, h), axis=-1)
+    return jnp.stack(_threefry2x32_jit(*k, b, h), axis=-1)
 
 
 def threshold(p):
@@ -82,7 +85,7 @@ def threshold(p):
     >>> threshold(0.0), threshold(0.5) == 2**31, threshold(1.0) == 2**32, threshold(1 - 1e-16) == 2**32 - 1
     (0, True, True, True)
     """
-    return 2**32 if p >= 1 else min(round(p * 2**32), 2**32 - 1)
+    return 2**32 if p >= 1 else min(round(float(p) * 2**32), 2**32 - 1)
 
 
 def rounded(p):

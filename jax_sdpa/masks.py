@@ -36,6 +36,11 @@ def _clip(x: Index, S: Index) -> Index:
     return _minimum(_maximum(x, 0), S)
 
 
+def _if(condition: Any, size: Index) -> Index:
+    """size where the condition holds, else 0."""
+    return (size if condition else 0) if isinstance(condition, bool) else jnp.where(condition, size, 0)
+
+
 def _spread(x: Any) -> Any:
     """A value per batch entry, (...) -> (..., 1, 1, 1), to stand beside (heads, queries, keys)."""
     return x if isinstance(x, int) or x.ndim == 0 else x[..., None, None, None]
@@ -104,6 +109,10 @@ class Mask:
             if array is not None and not isinstance(array, int):
                 changed[name] = _flatten_batch(array, int(rank), batch, f"{type(self).__name__}.{name}")
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+    def padded(self, more_q: Index, more_k: Index) -> Mask:
+        """The same mask for longer arrays, whose additional positions somebody else masks."""
+        return self
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         raise NotImplementedError
@@ -203,7 +212,7 @@ class KeyLengths(Mask):
     """Only the keys `starts[b] <= k < lengths[b]` exist: padding behind (and, with `starts`, before) each sequence.
 
     Args:
-        lengths: integer array with the call's batch dims, `(B,)`, or `()` for one length for all.
+        lengths: integer array with the call's batch dims, `(B,)`, or an int for all.
         starts: the same, default 0: the number of keys of left padding.
 
     >>> KeyLengths(jnp.array([2, 3])).materialise(1, 4).astype(int).tolist()
@@ -217,9 +226,9 @@ class KeyLengths(Mask):
     def __post_init__(self) -> None:
         for name in ("lengths", "starts"):
             value = getattr(self, name)
-            if isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
+            if isinstance(value, (list, tuple)):
                 object.__setattr__(self, name, jnp.asarray(value, jnp.int32))
-            elif value is not None:
+            elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 _require_integers(value, name)
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
@@ -238,7 +247,7 @@ class QueryLengths(Mask):
     """Only the queries `q < lengths[b]` exist; the rows behind them attend to nothing, so they give 0.
 
     Args:
-        lengths: integer array with the call's batch dims, `(B,)`, or `()` for one length for all.
+        lengths: integer array with the call's batch dims, `(B,)`, or an int for all.
 
     >>> QueryLengths(jnp.array(1)).materialise(2, 3).astype(int).tolist()
     [[1, 1, 1], [0, 0, 0]]
@@ -254,10 +263,10 @@ class QueryLengths(Mask):
         return q_idx + 0 * k_idx < _spread(self.lengths)
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return 0, jnp.where(q_lo < self.lengths, S, 0)
+        return 0, _if(q_lo < self.lengths, S)
 
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return 0, jnp.where(q_hi <= self.lengths, S, 0)
+        return 0, _if(q_hi <= self.lengths, S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +303,12 @@ class SegmentIds(Mask):
                 f"{self.key.shape[-1]}."
             )
         return (self,)
+
+    def padded(self, more_q: Index, more_k: Index) -> Mask:
+        def longer(ids: Any, more: Index) -> Any:
+            return jax.lax.pad(jnp.asarray(ids), jnp.asarray(-1, ids.dtype), [(0, 0, 0)] * (ids.ndim - 1) + [(0, more, 0)])
+
+        return SegmentIds(longer(self.query, more_q), longer(self.key, more_k))
 
     @staticmethod
     def _at(ids: Any, index: Index) -> Any:

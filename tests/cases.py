@@ -123,7 +123,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "window 40,0 with a static offset": lambda: _banded(130, 400, 40, 0, 270),
     "window 17,4 with offsets": lambda: _banded(131, 270, 17, 4, np.array([-20, 139]), face="jax"),
     "key lengths 0, 1, 255, 256, 257, 300": lambda: _key_lengths(9, 300, [0, 1, 255, 256, 257, 300]),
-    "key lengths beyond S and negative": lambda: _key_lengths(9, 40, [41, 1000, 40], None) ,
+    "key lengths beyond S and negative": lambda: _key_lengths(9, 40, [41, 1000, -3]),
     "key lengths, decode, grouped": lambda: _key_lengths(1, 513, [0, 1, 512], face="jax", Hq=4, Hk=2),
     "key lengths with left padding": lambda: _key_lengths(140, 300, [300, 200, 50], [130, 0, 60], face="jax"),
     "query lengths": _query_lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,31 @@ def make(
     )
 
 
+@functools.cache
+def _program(face: str, scale: float | None, softcap: float | None, static: tuple[tuple[str, Any], ...]) -> Any:
+    """The jitted call with its vjp; `moving` and `constant` are dicts of operands by name."""
+
+    def attend(given: dict[str, jax.Array], mask: Mask | None, options: dict[str, Any]) -> Any:
+        q, k, v = given["query"], given["key"], given["value"]
+        bias, sinks, options = given.get("bias"), given.get("sinks"), {"scale": given.get("scale", scale), **dict(static), **options}
+        if face == "torch":
+            both = mask if bias is None else bias if mask is None else mask & bias
+            gqa = q.ndim > 2 and len({q.shape[-3], k.shape[-3], v.shape[-3]}) > 1
+            return scaled_dot_product_attention(q, k, v, both, **{"enable_gqa": gqa, **options}), None
+        q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
+        out, lse = dot_product_attention(q, k, v, bias, mask, sinks=sinks, softcap=softcap, return_residual=True, **options)
+        return jnp.swapaxes(out, -2, -3), jnp.swapaxes(lse, -1, -2)
+
+    @jax.jit
+    def run(moving: Any, constant: Any, mask: Any, options: Any, dout: Any, dlse: Any) -> Any:
+        (out, lse), pullback = jax.vjp(lambda moving: attend({**moving, **constant}, mask, options), moving)
+        if lse is not None:
+            dlse = jnp.zeros_like(lse) if dlse is None else dlse.astype(lse.dtype)
+        return {"out": out, **({} if lse is None else {"lse": lse}), **pullback((dout.astype(out.dtype), dlse))[0]}
+
+    return run
+
+
 def on_jax(
     problem: Problem,
     backend: SDPBackend,
@@ -55,36 +81,23 @@ def on_jax(
     A problem's scale is traced and differentiated if it is a NumPy array. options: further arguments of the face.
     """
     operands = {name: getattr(problem, name) for name in ("query", "key", "value", "bias", "sinks")}
-    if isinstance(problem.scale, np.ndarray):
-        operands["scale"] = problem.scale
+    traced_scale = isinstance(problem.scale, np.ndarray)
+    operands = {**operands, "scale": problem.scale if traced_scale else None}
     operands = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
     wrt = tuple(operands) if wrt is None else wrt
-    hidden = mask if mask is not None else None if problem.keep is None else as_mask(jnp.asarray(problem.keep))
-    constant = {name: x for name, x in operands.items() if name not in wrt}
-    moving = {name: x for name, x in operands.items() if name in wrt}
-
-    def attend(given: dict[str, jax.Array], hidden: Mask | None) -> Any:
-        q, k, v = given["query"], given["key"], given["value"]
-        bias, sinks, scale = given.get("bias"), given.get("sinks"), given.get("scale", problem.scale)
-        if face == "torch":
-            both = hidden if bias is None else bias if hidden is None else hidden & bias
-            gqa = q.ndim > 2 and len({q.shape[-3], k.shape[-3], v.shape[-3]}) > 1
-            return scaled_dot_product_attention(q, k, v, both, scale=scale, **{"enable_gqa": gqa, **options}), None
-        q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
-        out, lse = dot_product_attention(
-            q, k, v, bias, hidden, scale=scale, sinks=sinks, softcap=problem.softcap, return_residual=True, **options
-        )
-        return jnp.swapaxes(out, -2, -3), jnp.swapaxes(lse, -1, -2)
-
-    @jax.jit
-    def run(moving: Any, constant: Any, hidden: Any, dout: Any, dlse: Any) -> Any:
-        (out, lse), pullback = jax.vjp(lambda moving: attend({**moving, **constant}, hidden), moving)
-        if lse is not None:
-            dlse = jnp.zeros_like(lse) if dlse is None else dlse.astype(lse.dtype)
-        return {"out": out, **({} if lse is None else {"lse": lse}), **pullback((dout.astype(out.dtype), dlse))[0]}
-
+    if mask is None and problem.keep is not None:
+        mask = as_mask(jnp.asarray(problem.keep))
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    static = tuple((name, x) for name, x in options.items() if name not in arrays)
     with sdpa_kernel(backend):
-        got = run(moving, constant, hidden, jnp.asarray(problem.dout), None if problem.dlse is None else jnp.asarray(problem.dlse))
+        got = _program(face, None if traced_scale else problem.scale, problem.softcap, static)(
+            {name: x for name, x in operands.items() if name in wrt},
+            {name: x for name, x in operands.items() if name not in wrt},
+            mask,
+            arrays,
+            jnp.asarray(problem.dout),
+            None if problem.dlse is None else jnp.asarray(problem.dlse),
+        )
     return {name: np.asarray(x) for name, x in got.items()}
 
 

@@ -160,12 +160,8 @@ def band(L: int, S: int, left: int = -1, right: int = -1, offset: Any = 0) -> Ar
     offset = np.asarray(offset)
     if offset.ndim:
         return np.stack([band(L, S, left, right, o) for o in offset])[:, None]
-    keep = np.ones((L, S), bool)
-    for q in range(L):
-        for k in range(S):
-            at = q + int(offset)
-            keep[q, k] = (left < 0 or k >= at - left) and (right < 0 or k <= at + right)
-    return keep
+    distance = np.arange(S)[None, :] - (np.arange(L)[:, None] + int(offset))
+    return ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
 
 
 def lengths(L: int, S: int, stops: Any, starts: Any = None) -> Array:

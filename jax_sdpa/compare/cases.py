@@ -33,7 +33,7 @@ class Shape:
     def __str__(self) -> str:
         heads = f"{self.Hq}" if self.Hq == self.H else f"{self.Hq}/{self.H}"
         lengths = f"{self.L}" if self.L == self.S else f"{self.L}x{self.S}"
-        dims = f"{self.E}" if self.E == self.Ev else f"{self.E}/{self.Ev}"
+        dims = f"{self.E}" if self.Ev == self.E else f"{self.E}/{self.Ev}"
         return f"{self.B}, {heads}, {lengths}, {dims}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import platform
@@ -49,8 +50,7 @@ class Device:
     def torch_peak(self, call: Any) -> int | None:
         """The bytes that torch allocates at most while `call` runs; None where there is no way to tell.
 
-        CUDA: its allocator's own counter. CPU: how far the process's resident size rises, on Linux; memory that torch
-        had freed and kept is not seen, so this is a lower bound.
+        CUDA: its allocator's own counter. CPU: how far the process's resident size rises, on Linux with glibc.
         """
         if self.name == "cuda":
             cuda = need("torch").cuda
@@ -61,9 +61,10 @@ class Device:
             cuda.synchronize(self.torch)
             return int(cuda.max_memory_allocated(self.torch) - before)
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would be used again, unseen
             HIGH_WATER.write_text("5")
             before = _resident("VmHWM")
-        except OSError:
+        except (OSError, AttributeError):  # not Linux, not glibc
             return None
         call()
         return max(0, _resident("VmHWM") - before)

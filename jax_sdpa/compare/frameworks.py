@@ -7,7 +7,6 @@ torch has a dense bool one; where jax_sdpa has `softcap`, torch has a few lines.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,13 +49,10 @@ class Jax:
 
     def softcapped(self, query: Any, key: Any, value: Any, *, scale: float, softcap: float) -> Any:
         """Causal attention, grouped heads, softcap * tanh(scores / softcap); in and out (B, H, L, E)."""
-        swap = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-        out = self.dot_product_attention(
-            swap(query), swap(key), swap(value), scale=scale, softcap=softcap, is_causal=True
-        )
-        return self.from_rows(out)
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))  # JAX's own layout, (B, L, H, E)
+        return self.heads_first(self.dot_product_attention(query, key, value, scale=scale, softcap=softcap, is_causal=True))
 
-    def from_rows(self, out: Any) -> Any:
+    def heads_first(self, out: Any) -> Any:
         """(B, L, H, E) -> (B, H, L, E)."""
         return jnp.swapaxes(out, 1, 2)
 
@@ -73,8 +69,8 @@ class Explain(Jax):
     def dot_product_attention(self, *args: Any, **kwargs: Any) -> Any:
         return jax_sdpa.explain(*args, call=jax_sdpa.dot_product_attention, grad=self.grad, **kwargs)
 
-    def from_rows(self, out: Any) -> Any:
-        return out
+    def heads_first(self, out: Any) -> Any:
+        return out  # a Choice
 
 
 class Torch:
@@ -136,8 +132,11 @@ class Torch:
             made[name] = tensor.to(self.device.torch).requires_grad_(name in differentiable)
         return made
 
-    def exactly(self) -> contextlib.AbstractContextManager[Any]:
-        """The oracle's backend: MATH, which in float64 is the definition."""
+
+class Oracle(Torch):
+    """torch whose every call runs MATH, also where a line asks for something else: with float64 tensors the definition."""
+
+    def sdpa_kernel(self, backends: Any = None) -> Any:
         return self._attention.sdpa_kernel([self.SDPBackend.MATH])
 
 

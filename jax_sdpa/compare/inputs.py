@@ -22,24 +22,28 @@ OPERANDS = ("query", "key", "value", "attn_mask")
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The operands of a call by name, and `dout`, the cotangent of its output: gradients are those of sum(out * dout)."""
+    """The operands of a call by name, and the seed of what else is drawn for it."""
 
     arrays: Arrays
-    dout: np.ndarray
+    seed: tuple[int, ...]
 
     @property
     def differentiable(self) -> tuple[str, ...]:
         """The operands that have a gradient: query, key, value, and attn_mask where it is float."""
         return tuple(name for name in OPERANDS if name in self.arrays and jnp.issubdtype(self.arrays[name].dtype, jnp.floating))
 
+    def dout(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The cotangent of the output: gradients are those of sum(out * dout). Unit normals in the query's dtype."""
+        return np.random.default_rng([*self.seed, 1]).standard_normal(shape).astype(self.arrays["query"].dtype)
 
-def _generator(case: Case, seed: int) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(case.name.encode())])  # a case draws the same, whatever runs beside it
+
+def _seed(case: str, seed: int) -> tuple[int, ...]:
+    return seed, zlib.crc32(case.encode())  # a case draws the same, whatever runs beside it
 
 
 def draw(case: Case, size: str, seed: int) -> Inputs:
     """The inputs of a named case: unit normals, or uniform in [0, 1) where the case says so."""
-    shape, rng, dtype = case.shape(size), _generator(case, seed), jnp.dtype(case.dtype)
+    shape, rng, dtype = case.shape(size), np.random.default_rng(_seed(case.name, seed)), jnp.dtype(case.dtype)
 
     def tensor(*sizes: int) -> np.ndarray:
         return rng.random(sizes) if case.uniform else rng.standard_normal(sizes)
@@ -51,17 +55,23 @@ def draw(case: Case, size: str, seed: int) -> Inputs:
     }
     if case.extras is not None:
         arrays |= case.extras(shape, rng)
-    dout = rng.standard_normal((shape.B, shape.Hq, shape.L, shape.Ev)).astype(dtype)
-    return Inputs(arrays, dout)
+    return Inputs(arrays, _seed(case.name, seed))
+
+
+def _load_npz(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def _load(path: Path) -> Arrays:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    if path.suffix == ".safetensors":
-        return dict(need("safetensors.numpy").load_file(path))
-    raise ValueError(f"{path} must be an .npz or a .safetensors file.")
+    """The arrays of a file; ValueError for whatever keeps it from being read."""
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path} must be an .npz or a .safetensors file.")
+    load = _load_npz if path.suffix == ".npz" else need("safetensors.numpy").load_file
+    try:
+        return dict(load(path))
+    except Exception as error:  # each library has its own for a file that is missing, cut off or something else
+        raise ValueError(f"{path} can't be read: {error}") from error
 
 
 def _two_byte_voids(arrays: Arrays) -> Arrays:
@@ -71,7 +81,13 @@ def _two_byte_voids(arrays: Arrays) -> Arrays:
 
 
 def read(
-    path: Path, *, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, dtype: str | None = None, seed: int = 0
+    path: Path,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dtype: str | None = None,
+    seed: int = 0,
 ) -> tuple[Case, Inputs]:
     """The user's own tensors, `query`, `key`, `value` and perhaps `attn_mask`, and the call that they are for.
 
@@ -81,7 +97,7 @@ def read(
         dtype: what to round query, key and value (and a float attn_mask that is not float32) to; default: what they are.
 
     Raises:
-        ValueError: a tensor is missing or one too many, or of a dtype that attention has not. OSError: no such file.
+        ValueError: a tensor is missing or one too many, or of a dtype that attention has not; or the file can't be read.
     """
     arrays = _two_byte_voids(_load(path))
     missing = [name for name in OPERANDS[:3] if name not in arrays]
@@ -95,7 +111,9 @@ def read(
     if query.dtype.name not in DTYPES:
         raise ValueError(f"{path}: query must be of dtype {', '.join(DTYPES)}, got {query.dtype}; round it with --dtype.")
     if min(query.ndim, key.ndim, value.ndim) < 2:
-        raise ValueError(f"{path}: query, key and value must be at least 2 dimensional, got {query.shape}, {key.shape}, {value.shape}.")
+        raise ValueError(
+            f"{path}: query, key and value must be at least 2 dimensional, got {query.shape}, {key.shape}, {value.shape}."
+        )
     options: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": enable_gqa} | ({} if scale is None else {"scale": scale})
     options = {name: option for name, option in options.items() if option is not False}
 
@@ -107,12 +125,7 @@ def read(
         path.name, f"your tensors, {', '.join(f'{name}={option}' for name, option in options.items()) or 'no options'}", str(path),
         query.dtype.name, shape, shape, user_call,
     )  # fmt: skip
-    try:
-        batch = np.broadcast_shapes(query.shape[:-2], value.shape[:-2] if not enable_gqa else (*value.shape[:-3], 1))
-    except ValueError:
-        batch = query.shape[:-2]  # heads that do not fit: both frameworks will say so
-    dout = _generator(case, seed).standard_normal((*batch, query.shape[-2], value.shape[-1])).astype(query.dtype)
-    return case, Inputs(arrays, dout)
+    return case, Inputs(arrays, _seed(path.name, seed))
 
 
 def _rounded(array: np.ndarray, name: str, dtype: str) -> np.ndarray:

@@ -25,6 +25,10 @@ class Implementation:
         """Every reason, in plain sentences, why this backend can't run the request on the device; reads shapes and dtypes only."""
         raise NotImplementedError
 
+    def for_device(self, device: Device) -> Implementation:
+        """This backend as it runs on the device."""
+        return self
+
     def notes(self, request: SdpaRequest, device: Device) -> tuple[str, ...]:
         """What `explain` adds about this backend when it is chosen."""
         return ()

@@ -1,12 +1,163 @@
-"""EFFICIENT: placeholder while it is being written."""
+"""EFFICIENT: blockwise attention in plain XLA, memory O(L) for every mask, bias and dropout included, forward and backward.
+
+The forward is the online softmax of Milakov and Gimelshein (arXiv:1805.02867) by blocks, as in FlashAttention-2
+(arXiv:2307.08691, algorithm 1): for each block of rows a running maximum m, sum l and accumulator, rescaled as m grows.
+`plans.py` cuts a request, `chunks.py` hands out the pieces, `efficient_backward.py` has the derivatives.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_sdpa import compat
 from jax_sdpa.context import SDPBackend
-from jax_sdpa.implementations.math import Math
+from jax_sdpa.device import Device
+from jax_sdpa.implementations import efficient_backward, plans, scores
+from jax_sdpa.implementations.base import Implementation, Tangents
+from jax_sdpa.implementations.chunks import Chunks, loop
+from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
+from jax_sdpa.request import SdpaRequest
+
+hold = lax.optimization_barrier  # keeps XLA from recomputing a tile in each of its consumers, and from fusing what is faster apart
 
 
-class Efficient(Math):
+def attention(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of a request, by one of the two walks."""
+    if plan.whole:
+        return _by_whole_rows(request, plan)
+    padded = pad(request, plan.block_q, plan.block_k)
+    out, lse = _by_blocks(padded, plan)
+    if padded is request:
+        return out, lse
+    return lax.slice_in_dim(out, 0, request.query_len, axis=request.length_axis), lse[:, :, : request.query_len]
+
+
+def _no_keys(request: SdpaRequest, lse_dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What rows give that no block visits: 0, and -inf or the sink."""
+    lse = jnp.full(request.lse_shape, -jnp.inf, lse_dtype)
+    if request.sinks is not None:
+        lse = jnp.broadcast_to(request.sinks[:, :, None].astype(lse_dtype), request.lse_shape)
+    return jnp.zeros(request.out_shape, request.query.dtype), lse
+
+
+def _store(chunks: Chunks, c: Any, q0: Any, m: jax.Array, l: jax.Array, acc: jax.Array, carry: Any) -> Any:
+    """Write a finished row block: acc / l and m + log(l); a row with l = 0 has no keys and gives 0 and -inf."""
+    out = acc * jnp.where(l == 0, 0, 1 / l)[..., None]
+    lse = m + jnp.log(l)
+    return chunks.put(carry[0], out, c, q0, chunks.request.group), chunks.put_row(carry[1], lse, c, q0)
+
+
+def _by_whole_rows(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+    """Each row block against its whole range of keys, in pieces of which only the partial ones are masked."""
+    chunks = Chunks(request, plan.nb, plan.nh)
+    tiles = Tiles(chunks)
+    L = request.query_len
+    carry = _no_keys(request, chunks.dtype)
+    for q0 in range(0, L, plan.block_q):
+        bq = min(plan.block_q, L - q0)
+        ranges = pieces(request, q0, bq)
+        if not ranges:
+            continue
+
+        def body(c: Any, carry: Any, q0: int = q0, bq: int = bq, ranges: Any = ranges) -> Any:
+            shared = chunks.shared(c)
+            lo, hi = ranges[0][0], ranges[-1][1]
+            rows, keys = chunks.rows(c, shared, q0, bq), chunks.keys(c, lo, hi - lo)
+            values = chunks.take(request.value, c, lo, hi - lo)
+            s = hold([tiles.scores(shared, rows, keys[:, a - lo : b - lo], q0, a, masked) for a, b, masked in ranges])
+            m, l = tiles.first_state(shared, bq)
+            for tile in s:
+                m = jnp.maximum(m, tile.max(-1))
+            m = hold(m)
+            l = l * jnp.exp(tiles.first_state(shared, bq)[0] - m) if request.sinks is not None else l
+            p = hold([jnp.exp(tile - m[..., None]) for tile in s])
+            l = hold(l + sum(tile.sum(-1) for tile in p))
+            acc = sum(
+                tiles.products.times(tiles.drop(shared, tile, q0, a), values[:, a - lo : b - lo])
+                for tile, (a, b, _) in zip(p, ranges, strict=True)
+            )
+            return _store(chunks, c, q0, m, l, acc, carry)
+
+        carry = chunks.each(body, carry)
+    return carry
+
+
+def _by_blocks(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+    """Loops over row blocks and the key blocks that their mask leaves to visit, with an online softmax."""
+    chunks = Chunks(request, plan.nb, plan.nh)
+    tiles = Tiles(chunks)
+    bq, bk = plan.block_q, plan.block_k
+    R = request.group
+
+    def body(c: Any, carry: Any) -> Any:
+        shared = chunks.shared(c)
+
+        def row_block(i: Any, carry: Any) -> Any:
+            q0 = i * bq
+            rows = chunks.rows(c, shared, q0, bq)
+
+            def step(j: Any, state: Any, masked: bool) -> Any:
+                m, l, acc = state
+                s = tiles.scores(shared, rows, chunks.keys(c, j * bk, bk), q0, j * bk, masked)
+                m_new = jnp.maximum(m, s.max(-1))
+                p = jnp.exp(s - m_new[..., None])
+                shrink = jnp.exp(m - m_new)
+                values = chunks.take(request.value, c, j * bk, bk)
+                acc = acc * shrink[..., None] + tiles.products.times(tiles.drop(shared, p, q0, j * bk), values)
+                return m_new, l * shrink + p.sum(-1), acc
+
+            state = (*tiles.first_state(shared, bq), jnp.zeros((chunks.n, R * bq, request.value_head_dim), chunks.dtype))
+            state = loop_over_keys(blocks_to_visit(shared, q0, bq, bk), step, state)
+            return _store(chunks, c, q0, *state, carry)
+
+        return loop(0, request.query_len // bq, row_block, carry)
+
+    return chunks.each(body, _no_keys(request, chunks.dtype))
+
+
+def sanitised(request: SdpaRequest) -> SdpaRequest:
+    """The request with zeros in place of the keys that a structured mask hides from every query."""
+    if not request.masks:
+        return request
+    return dataclasses.replace(
+        request, key=scores.seen_only(request, request.key), value=scores.seen_only(request, request.value)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficient(Implementation):
+    """Blockwise attention in plain XLA: everywhere, every dtype, every mask."""
+
+    on_cpu: bool = True
     backend = SDPBackend.EFFICIENT_ATTENTION
     heading = "Memory efficient kernel not used because:"
-    needs_partitioning = True
+
+    def for_device(self, device: Device) -> Implementation:
+        return Efficient(on_cpu=device.platform == "cpu")
+
+    def reasons_against(self, request: SdpaRequest, device: Device) -> list[str]:
+        if compat.is_symbolic(request.kv_heads) or compat.is_symbolic(request.q_heads):
+            return ["Memory efficient attention needs a number of heads that is a number; here it is symbolic."]
+        return []
+
+    def _plan(self, request: SdpaRequest, on_cpu: Callable[[SdpaRequest], plans.Plan]) -> plans.Plan:
+        return on_cpu(request) if self.on_cpu else plans.wide_plan(request)
+
+    def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
+        return attention(sanitised(request), self._plan(request, plans.forward_plan))
+
+    def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+        plan = dataclasses.replace(self._plan(request, plans.backward_plan), whole=False)
+        return efficient_backward.tangent(sanitised(request), out, lse, tangents, plan)
+
+    def backward(
+        self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
+    ) -> Tangents:
+        plan = self._plan(request, plans.backward_plan)
+        return efficient_backward.backward(sanitised(request), out, lse, dout, dlse, wrt, plan)

@@ -39,7 +39,11 @@ def attention(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     s = s.reshape(b, h * g, request.query_len, request.key_len)
 
     s, _ = scores.cap(request, s)
-    s = scores.add_masks(request, s, 0, 0)  # (B, Hq, L, S)
+    everything = (0, request.query_len, 0, request.key_len)
+    if (addend := scores.addend(request, *everything, s.dtype)) is not None:
+        s = s + addend
+    if (kept := scores.kept(request, *everything)) is not None:
+        s = jnp.where(kept, s, -jnp.inf)  # (B, Hq, L, S)
     m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
     sinks = None if request.sinks is None else request.sinks[:, :, None, None].astype(s.dtype)
     if sinks is not None:
@@ -54,9 +58,8 @@ def attention(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     p = p / total
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
 
-    keep = scores.survivors(request, 0, request.query_len, 0, request.key_len, p.dtype)
-    if keep is not None:
-        p = p * keep
+    if (survivors := scores.survivors(request, *everything, p.dtype)) is not None:
+        p = p * survivors
     p = p.reshape(b, h, g, request.query_len, request.key_len)
     equation = "bhgls,bhse->bhgle" if request.spec.layout == "BHLE" else "bhgls,bshe->blhge"
     out = einsum(equation, p, v).reshape(request.out_shape)

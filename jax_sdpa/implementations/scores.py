@@ -25,7 +25,7 @@ def dense_tile(array: jax.Array, q0: Any, bq: Any, k0: Any, bk: Any) -> jax.Arra
     """The tile of a (B|1, Hq|1, L|1, S|1) array; broadcast dims stay 1."""
     for axis, start, size in ((2, q0, bq), (3, k0, bk)):
         if array.shape[axis] != 1 and array.shape[axis] != size:
-            array = lax.dynamic_slice_in_dim(array, start, size, axis)
+            array = lax.dynamic_slice_in_dim(array, jnp.asarray(start, jnp.int32), size, axis)
     return array
 
 
@@ -38,23 +38,31 @@ def cap(request: SdpaRequest, s: jax.Array) -> tuple[jax.Array, Any]:
     return softcap * t, 1 - t * t
 
 
-def add_masks(request: SdpaRequest, s: jax.Array, q0: Any, k0: Any, *, structured: bool = True) -> jax.Array:
-    """The scores with the bias added and -inf where a key does not take part; rows of -inf alone attend to nothing.
+def addend(request: SdpaRequest, q0: Any, bq: Any, k0: Any, bk: Any, dtype: Any) -> Any:
+    """(B|1, Hq|1, bq|1, bk|1): bias, and -inf where a dense mask hides a key; None without either.
 
-    Dense masks add (a NaN score stays NaN, as in torch), structured masks select (what they exclude is never looked at).
-    `structured=False`: the tile is FULL, no structured mask excludes any of it.
+    Dense masks add: a NaN score stays NaN, as in torch.
     """
-    bq, bk = s.shape[2], s.shape[3]
+    total = None
     if request.bias is not None:
-        s = s + dense_tile(request.bias, q0, bq, k0, bk).astype(s.dtype)
+        total = dense_tile(request.bias, q0, bq, k0, bk).astype(dtype)
     if request.keep_mask is not None:
-        tile = dense_tile(request.keep_mask, q0, bq, k0, bk)
-        s = s + jnp.where(tile, jnp.zeros((), s.dtype), -jnp.inf)
-    if request.masks and structured:
-        q_idx = q0 + lax.broadcasted_iota(jnp.int32, (bq, 1), 0)
-        k_idx = k0 + lax.broadcasted_iota(jnp.int32, (1, bk), 1)
-        s = jnp.where(request.mask.keep(q_idx, k_idx), s, -jnp.inf)
-    return s
+        kept = jnp.where(dense_tile(request.keep_mask, q0, bq, k0, bk), jnp.zeros((), dtype), -jnp.inf)
+        total = kept if total is None else total + kept
+    return total
+
+
+def kept(request: SdpaRequest, q0: Any, bq: Any, k0: Any, bk: Any) -> Any:
+    """(B|1, 1, bq, bk) bool: what the structured masks keep; None without any.
+
+    Structured masks select: the score of what they hide is never looked at.
+    """
+    if not request.masks:
+        return None
+    q_idx = q0 + lax.broadcasted_iota(jnp.int32, (bq, 1), 0)
+    k_idx = k0 + lax.broadcasted_iota(jnp.int32, (1, bk), 1)
+    keep = request.mask.keep(q_idx, k_idx)
+    return keep if keep.ndim == 4 else keep[None, None]
 
 
 def survivors(request: SdpaRequest, q0: Any, bq: Any, k0: Any, bk: Any, dtype: Any) -> Any:

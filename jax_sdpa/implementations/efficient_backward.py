@@ -1,0 +1,310 @@
+"""The derivatives of the blockwise backend, from (out, lse): nothing that the forward computed is kept but those.
+
+With p = exp(s - lse), keep = the dropout multipliers and delta = sum(out * dout) - dlse per row (FlashAttention-2,
+arXiv:2307.08691, algorithm 2; the cotangent of lse joins delta with the opposite sign):
+
+    dv = (p * keep).T @ dout        dp = (dout @ v.T) * keep        ds = p * (dp - delta)
+    dq = scale * ds @ k             dk = scale * ds.T @ q           dbias = ds summed over the dims that bias shares
+
+Tiles are (keys, rows): all five products then have the left operand that XLA's CPU library wants (see `chunks.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_sdpa.implementations import scores
+from jax_sdpa.implementations.base import Tangents
+from jax_sdpa.implementations.chunks import Chunks, loop, slice_at, split, write_at
+from jax_sdpa.implementations.plans import Plan
+from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
+from jax_sdpa.request import SdpaRequest
+
+hold = lax.optimization_barrier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """The cotangents under construction, whole arrays: dq, dk, dv in their operands' layout, dbias in its shape, dscale (B,)."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any = None
+    dscale: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A row block of a chunk, with its share of what the backward starts from."""
+
+    q0: Any
+    rows: jax.Array  # (n, R * bq, E), scaled
+    dout: jax.Array  # (n, R * bq, Ev)
+    lse: jax.Array  # (n, 1, R * bq); +inf in rows without keys, so that p is 0
+    delta: jax.Array  # (n, 1, R * bq)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """A backward pass over one request, cut into chunks."""
+
+    request: SdpaRequest
+    chunks: Chunks
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(self.chunks)
+
+    def row_block(self, c: Any, shared: SdpaRequest, q0: Any, bq: Any) -> _Rows:
+        chunks = self.chunks
+        return _Rows(
+            q0,
+            chunks.rows(c, shared, q0, bq),
+            chunks.take(self.dout, c, q0, bq, self.request.group),
+            chunks.take_row(self.lse, c, q0, bq)[:, None],
+            chunks.take_row(self.delta, c, q0, bq)[:, None],
+        )
+
+    def tile(
+        self, shared: SdpaRequest, block: _Rows, keys: jax.Array, values: jax.Array, k0: Any, masked: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(dk, dv, dq.T, ds) of one tile: (n, bk, E) unscaled by the keys' factor, (n, bk, Ev), (n, E, R * bq), (n, bk, R * bq)."""
+        tiles, products = self.tiles, self.tiles.products
+        s, slope = scores.cap(shared, products.by_transpose(keys, block.rows))
+        s = hold(tiles.masked(shared, s, block.q0, k0, masked, by_key=True))
+        p = hold(jnp.exp(s - block.lse))
+        dp = hold(products.by_transpose(values, block.dout))
+        ds = hold(p * (tiles.drop(shared, dp, block.q0, k0, by_key=True) - block.delta))
+        ds_raw = ds if slope is None else ds * slope
+        dv = products.times(tiles.drop(shared, p, block.q0, k0, by_key=True), block.dout)
+        return products.times(ds_raw, block.rows), dv, products.times(jnp.swapaxes(keys, 1, 2), ds_raw), ds
+
+    def add_bias(self, dbias: Any, ds: jax.Array, c: Any, q0: Any, k0: Any) -> Any:
+        """dbias with a tile's ds (n, bk, R * bq) added where the bias's tile lies, summed over the dims it shares."""
+        if dbias is None:
+            return None
+        chunks, (_, bk, rows) = self.chunks, ds.shape
+        R = self.request.group
+        ds = ds.reshape(chunks.nb, chunks.nh, bk, R, rows // R)
+        ds = jnp.transpose(ds, (0, 1, 3, 4, 2)).reshape(chunks.nb, chunks.nh * R, rows // R, bk)
+        shared_dims = tuple(axis for axis in range(4) if isinstance(dbias.shape[axis], int) and dbias.shape[axis] == 1)
+        ds = ds.sum(shared_dims, keepdims=True).astype(dbias.dtype)
+        b0, h0 = chunks.start_in(dbias, c)
+        starts = (b0, h0, 0 if 2 in shared_dims else q0, 0 if 3 in shared_dims else k0)
+        return write_at(dbias, slice_at(dbias, starts, ds.shape) + ds, starts)
+
+    def finish_rows(self, sums: Sums, c: Any, shared: SdpaRequest, q0: Any, bq: Any, dq_t: jax.Array) -> Sums:
+        """sums with a row block's dq written: the factor of the rows times dq_t.T; and the scale's cotangent, q . dq_t.T."""
+        chunks, R = self.chunks, self.request.group
+        dq = jnp.swapaxes(dq_t, 1, 2)
+        if self.request.scale is None:
+            dq = dq * split(self.request.spec.scale)[0]  # type: ignore[arg-type]
+            return dataclasses.replace(sums, dq=chunks.put(sums.dq, dq, c, q0, R))
+        dscale = sums.dscale
+        if dscale is not None:
+            q = chunks.take(self.request.query, c, q0, bq, R)
+            own = (q * dq).reshape(chunks.nb, -1).sum(-1)
+            b0 = chunks.start(c)[:1]
+            dscale = write_at(dscale, slice_at(dscale, b0, own.shape) + own, b0)
+        factor = chunks.per_head(shared.scale[:, None].astype(dq.dtype))
+        dq = (dq.reshape(chunks.n, R, -1) * factor).reshape(dq.shape)
+        return dataclasses.replace(sums, dq=chunks.put(sums.dq, dq, c, q0, R), dscale=dscale)
+
+    @property
+    def key_factor(self) -> float:
+        return 1.0 if self.request.scale is not None else split(self.request.spec.scale)[1]  # type: ignore[arg-type]
+
+    def by_whole_rows(self, sums: Sums, block_q: int) -> Sums:
+        """Each row block against its whole range of keys, row blocks unrolled."""
+        request, chunks = self.request, self.chunks
+        for q0 in range(0, request.query_len, block_q):
+            bq = min(block_q, request.query_len - q0)
+            ranges = pieces(request, q0, bq)
+
+            def body(c: Any, sums: Sums, q0: int = q0, bq: int = bq, ranges: Any = ranges) -> Sums:
+                shared = chunks.shared(c)
+                block = self.row_block(c, shared, q0, bq)
+                dq_t: Any = 0
+                for a, b, masked in ranges:
+                    keys, values = chunks.keys(c, a, b - a), chunks.take(request.value, c, a, b - a)
+                    dk, dv, more, ds = self.tile(shared, block, keys, values, a, masked)
+                    dq_t = dq_t + more
+                    if q0 > 0:
+                        dk = dk + chunks.take(sums.dk, c, a, b - a)
+                        dv = dv + chunks.take(sums.dv, c, a, b - a)
+                    dbias = self.add_bias(sums.dbias, ds, c, q0, a)
+                    put_k, put_v = chunks.put(sums.dk, dk, c, a), chunks.put(sums.dv, dv, c, a)
+                    sums = dataclasses.replace(sums, dk=put_k, dv=put_v, dbias=dbias)
+                return self.finish_rows(sums, c, shared, q0, bq, dq_t)
+
+            sums = chunks.each(body, sums) if ranges else sums
+        return sums
+
+    def by_blocks(self, sums: Sums, bq: Any, bk: Any) -> Sums:
+        """Loops over row blocks and the key blocks that their mask leaves to visit; dk and dv of a chunk add up in float32."""
+        request, chunks = self.request, self.chunks
+        n, S = chunks.n, request.key_len
+
+        def body(c: Any, sums: Sums) -> Sums:
+            shared = chunks.shared(c)
+
+            def row_block(i: Any, carry: Any) -> Any:
+                sums, dk_sum, dv_sum = carry
+                block = self.row_block(c, shared, i * bq, bq)
+
+                def step(j: Any, state: Any, masked: bool) -> Any:
+                    dq_t, dk_sum, dv_sum, dbias = state
+                    keys, values = chunks.keys(c, j * bk, bk), chunks.take(request.value, c, j * bk, bk)
+                    dk, dv, more, ds = self.tile(shared, block, keys, values, j * bk, masked)
+                    dbias = self.add_bias(dbias, ds, c, i * bq, j * bk)
+                    return dq_t + more, _add_at(dk_sum, dk, j * bk), _add_at(dv_sum, dv, j * bk), dbias
+
+                state = (jnp.zeros((n, request.head_dim, request.group * bq), chunks.dtype), dk_sum, dv_sum, sums.dbias)
+                dq_t, dk_sum, dv_sum, dbias = loop_over_keys(blocks_to_visit(shared, i * bq, bq, bk), step, state)
+                sums = self.finish_rows(dataclasses.replace(sums, dbias=dbias), c, shared, i * bq, bq, dq_t)
+                return sums, dk_sum, dv_sum
+
+            zeros = [jnp.zeros((n, S, dim), chunks.dtype) for dim in (request.head_dim, request.value_head_dim)]
+            sums, dk_sum, dv_sum = loop(0, request.query_len // bq, row_block, (sums, *zeros))
+            put_k, put_v = chunks.put(sums.dk, dk_sum, c, 0), chunks.put(sums.dv, dv_sum, c, 0)
+            return dataclasses.replace(sums, dk=put_k, dv=put_v)
+
+        return chunks.each(body, sums)
+
+
+def _add_at(total: jax.Array, block: jax.Array, start: Any) -> jax.Array:
+    """total (n, S, d) with a block added at keys `start` and on."""
+    starts = (0, start, 0)
+    return write_at(total, slice_at(total, starts, block.shape) + block, starts)
+
+
+def _pad_rows(like: SdpaRequest, request: SdpaRequest, x: jax.Array, axis: int, fill: float = 0) -> jax.Array:
+    """x with as many more query positions as `like` has than `request`."""
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (0, like.query_len - request.query_len, 0)
+    return lax.pad(x, jnp.asarray(fill, x.dtype), widths)
+
+
+def backward(
+    request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...], plan: Plan
+) -> Tangents:
+    """The cotangents of the operands named in `wrt`."""
+    dtype = scores.compute_dtype(request)
+    dout = jnp.zeros_like(out) if dout is None else scores.existing_only(lse, dout, request.heads_axis)
+    delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), -1)  # (B, Hq, L), or (B, L, Hq)
+    delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
+    if dlse is not None:
+        delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+    if request.masks:
+        request = dataclasses.replace(request, query=scores.existing_only(lse, request.query, request.heads_axis))
+
+    found: Tangents = {}
+    if "sinks" in wrt:
+        p_sink = jnp.exp(request.sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+        dsinks = jnp.sum(-p_sink * delta, -1)
+        found["sinks"] = _summed(dsinks, request.sinks)
+
+    padded = request if plan.whole else pad(request, plan.block_q, plan.block_k)
+    lse = _pad_rows(padded, request, jnp.where(jnp.isneginf(lse), jnp.inf, lse), 2, jnp.inf)
+    dout, delta = _pad_rows(padded, request, dout, request.length_axis), _pad_rows(padded, request, delta, 2)
+    work = _Backward(padded, Chunks(padded, plan.nb, plan.nh), dout, lse, delta)
+    sum_dtype = dtype if plan.whole and request.query_len > plan.block_q else padded.key.dtype
+    sums = Sums(
+        jnp.zeros(padded.query.shape, padded.query.dtype),
+        jnp.zeros(padded.key.shape, sum_dtype),
+        jnp.zeros(padded.value.shape, sum_dtype),
+        jnp.zeros(padded.bias.shape, dtype) if "bias" in wrt else None,
+        jnp.zeros((request.batch,), dtype) if "scale" in wrt else None,
+    )
+    sums = work.by_whole_rows(sums, plan.block_q) if plan.whole else work.by_blocks(sums, plan.block_q, plan.block_k)
+
+    dk = sums.dk if work.key_factor == 1.0 else sums.dk * work.key_factor
+    for name, sum_ in (("query", sums.dq), ("key", dk), ("value", sums.dv), ("bias", sums.dbias), ("scale", sums.dscale)):
+        if name in wrt:
+            operand = getattr(request, name)
+            sum_ = _summed(sum_, operand) if name == "scale" else sum_
+            found[name] = lax.slice(sum_, (0,) * sum_.ndim, operand.shape).astype(operand.dtype)
+    return found
+
+
+def _summed(cotangent: jax.Array, operand: jax.Array) -> jax.Array:
+    """A cotangent per batch entry in the operand's shape: summed where the batch shares it."""
+    shared = isinstance(operand.shape[0], int) and operand.shape[0] == 1
+    return (cotangent.sum(0, keepdims=True) if shared else cotangent).astype(operand.dtype)
+
+
+def tangent(request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """(dout, dlse): the same tiles, rows by keys.
+
+        ds = d(scores)        dlse = sum(p * ds)        dout = (p * ds * keep) @ v + (p * keep) @ dv - dlse * out
+    """
+    dtype = scores.compute_dtype(request)
+    moving = dataclasses.replace(
+        request, **{name: tangents.get(name, jnp.zeros_like(getattr(request, name))) for name in ("query", "key", "value")},
+        bias=tangents.get("bias"), keep_mask=None, scale=request.scale,
+    )  # fmt: skip
+    moving = dataclasses.replace(
+        moving, key=scores.seen_only(request, moving.key), value=scores.seen_only(request, moving.value)
+    )
+    if request.masks:
+        clean = {name: scores.existing_only(lse, x.query, request.heads_axis) for name, x in (("q", request), ("dq", moving))}
+        request, moving = dataclasses.replace(request, query=clean["q"]), dataclasses.replace(moving, query=clean["dq"])
+    original, bq, bk = request, plan.block_q, plan.block_k
+    request, moving = pad(request, bq, bk), pad(moving, bq, bk)
+    safe_lse = _pad_rows(request, original, jnp.where(jnp.isneginf(lse), jnp.inf, lse), 2, jnp.inf)
+    chunks, moving_chunks = Chunks(request, plan.nb, plan.nh), Chunks(moving, plan.nb, plan.nh)
+    tiles, R = Tiles(chunks), request.group
+    dscale = tangents.get("scale")
+
+    def body(c: Any, carry: Any) -> Any:
+        shared, dshared = chunks.shared(c), moving_chunks.shared(c)
+
+        def row_block(i: Any, carry: Any) -> Any:
+            q0 = i * bq
+            rows, drows = chunks.rows(c, shared, q0, bq), moving_chunks.rows(c, shared, q0, bq)
+            if dscale is not None:
+                factor = Chunks(dataclasses.replace(request, scale=dscale), plan.nb, plan.nh).shared(c).scale
+                q = chunks.take(request.query, c, q0, bq, R).reshape(chunks.n, R, -1)
+                drows = drows + (q * chunks.per_head(factor[:, None].astype(dtype))).reshape(rows.shape)
+            row_lse = chunks.take_row(safe_lse, c, q0, bq)[..., None]
+
+            def step(j: Any, state: Any, masked: bool) -> Any:
+                acc, dlse = state
+                k0 = j * bk
+                keys, dkeys = chunks.keys(c, k0, bk), moving_chunks.keys(c, k0, bk)
+                values, dvalues = chunks.take(request.value, c, k0, bk), chunks.take(moving.value, c, k0, bk)
+                products = tiles.products
+                s, slope = scores.cap(shared, products.rows_by_keys(rows, keys))
+                p = jnp.exp(tiles.masked(shared, s, q0, k0, masked) - row_lse)
+                ds = products.rows_by_keys(drows, keys) + products.rows_by_keys(rows, dkeys)
+                ds = ds if slope is None else ds * slope
+                if (addend := scores.addend(dshared, q0, bq, k0, bk, dtype)) is not None:
+                    ds = chunks.apply(jnp.add, ds, addend)
+                moved = p * ds
+                acc = acc + products.times(tiles.drop(shared, moved, q0, k0), values)
+                return acc + products.times(tiles.drop(shared, p, q0, k0), dvalues), dlse + moved.sum(-1)
+
+            shape = (chunks.n, R * bq)
+            state = (jnp.zeros((*shape, request.value_head_dim), dtype), jnp.zeros(shape, dtype))
+            acc, dlse = loop_over_keys(blocks_to_visit(shared, q0, bq, bk), step, state)
+            return chunks.put(carry[0], acc, c, q0, R), chunks.put_row(carry[1], dlse, c, q0)
+
+        return loop(0, request.query_len // bq, row_block, carry)
+
+    dout, dlse = chunks.each(body, (jnp.zeros(request.out_shape, dtype), jnp.zeros(request.lse_shape, dtype)))
+    dout, dlse = lax.slice(dout, (0,) * 4, original.out_shape), lax.slice(dlse, (0,) * 3, original.lse_shape)
+    if "sinks" in tangents:
+        safe = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+        dlse = dlse + jnp.exp(request.sinks[:, :, None] - safe) * tangents["sinks"][:, :, None]
+    per_row = dlse if request.heads_axis == 1 else jnp.swapaxes(dlse, 1, 2)
+    return (dout - out.astype(dtype) * per_row[..., None]).astype(out.dtype), dlse.astype(lse.dtype)

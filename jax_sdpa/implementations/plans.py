@@ -1,0 +1,93 @@
+"""How the blockwise backend cuts a request: heads per chunk, block sizes, and which of its two walks it takes. All measured.
+
+    whole   a row block sees its whole key range at once, in one to three pieces (no rescaling); row blocks and their ranges are
+            unrolled while tracing, so that static masks skip exactly what they exclude
+    blocks  loops over row blocks and key blocks, online softmax; loop bounds may be traced
+
+The constants are for 2 cores of a Zen 4, jax 0.10.2, 2026-11-22 (README, "Figures"): fewer, larger products win until a tile no
+longer fits the cache, and YNNPACK needs several hundred rows, or many heads, to use both cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax_sdpa import compat
+from jax_sdpa.implementations.chunks import FEW_ROWS
+from jax_sdpa.request import SdpaRequest
+
+SMALL_TILE = 2 * 128 * 128  # scores of a head up to which 32 heads go together
+WHOLE_KEYS = 1024  # key length up to which a row block takes its whole range at once
+UNROLLED = 8  # row blocks at most in the unrolled walk: compile time
+FORWARD_AREA, BACKWARD_AREA = 2**20, 2**19  # scores in a chunk's tile: 4 MB and 2 MB of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """nb batch entries and nh key/value heads a chunk; block_q queries (times the group: rows), block_k keys."""
+
+    nb: Any
+    nh: Any
+    block_q: Any
+    block_k: Any
+    whole: bool = False
+
+
+def _divisor(n: int, most: int) -> int:
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
+
+
+def _heads(request: SdpaRequest, wanted: int) -> tuple[Any, Any]:
+    """(nb, nh): about `wanted` heads, whole batch entries where it is more than one has."""
+    B, H = request.batch, request.kv_heads
+    if compat.is_symbolic(H):
+        return 1, 1
+    if wanted < H:
+        return 1, _divisor(H, wanted)
+    return (1 if compat.is_symbolic(B) else _divisor(B, wanted // H)), H
+
+
+def _block(length: Any, wanted: int) -> Any:
+    """A block length near `wanted`: the length itself, a divisor of it, else `wanted` (and the last block is padded)."""
+    if compat.is_symbolic(length):
+        return wanted
+    if length <= wanted:
+        return length
+    divisor = _divisor(length, wanted)
+    return divisor if 2 * divisor > wanted else wanted
+
+
+def forward_plan(request: SdpaRequest) -> Plan:
+    return _plan(request, FORWARD_AREA, backward=False)
+
+
+def backward_plan(request: SdpaRequest) -> Plan:
+    return _plan(request, BACKWARD_AREA, backward=True)
+
+
+def is_static(request: SdpaRequest) -> bool:
+    """Whether the structured masks' ranges are numbers while tracing."""
+    return all(isinstance(bound, int) for bound in request.mask.kv_range(0, 1, request.query_len, request.key_len))
+
+
+def _plan(request: SdpaRequest, area: int, backward: bool) -> Plan:
+    L, S, R = request.query_len, request.key_len, request.group
+    skips = bool(request.masks)  # something to skip: finer blocks
+    fine = max(64, (512 if skips else 1024) // R)
+    online = Plan(*_heads(request, 1), _block(L, fine), _block(S, 512 if skips else 1024))
+    if any(map(compat.is_symbolic, (L, S, request.batch, R))) or not is_static(request):
+        return online
+    if L * R * S <= SMALL_TILE:
+        return Plan(*_heads(request, 32), L, S, whole=True)
+    if L * R <= FEW_ROWS:
+        return Plan(*_heads(request, 1), L, S, whole=True)
+    block_q = max(64, (256 if skips else 512) // R)
+    if S <= WHOLE_KEYS and -(-L // block_q) <= UNROLLED:
+        return Plan(*_heads(request, area // (block_q * R * S)), min(L, block_q), S, whole=True)
+    return online
+
+
+def wide_plan(request: SdpaRequest) -> Plan:
+    """For an accelerator: every head at once, loops over blocks."""
+    return Plan(request.batch, request.kv_heads, _block(request.query_len, 512), _block(request.key_len, 512))

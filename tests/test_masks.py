@@ -1,0 +1,288 @@
+"""Masks as values: the pictures, `&`, the ranges that backends skip blocks by, batch dims, pytrees, and every error."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import band, lengths, same_segment
+
+from jax_sdpa import scaled_dot_product_attention
+from jax_sdpa.attention import bias as bias_module
+from jax_sdpa.attention.bias import (
+    And,
+    Band,
+    CausalBias,
+    CausalVariant,
+    Dense,
+    KeyLengths,
+    QueryLengths,
+    SegmentIds,
+    causal,
+    causal_lower_right,
+    causal_upper_left,
+    sliding_window,
+)
+from jax_sdpa.masks import EVERYTHING, as_mask, conjunction
+
+
+def picture(text):
+    return np.array([[int(mark) for mark in row.split()] for row in text.strip().splitlines()], bool)
+
+
+PICTURES = {
+    "causal, L < S": (causal(), "1 0 0 0 0\n1 1 0 0 0\n1 1 1 0 0"),
+    "causal, L > S": (causal(), "1 0\n1 1\n1 1\n1 1"),
+    "causal with an offset": (causal(2), "1 1 1 0 0\n1 1 1 1 0\n1 1 1 1 1"),
+    "causal with a negative offset": (causal(-1), "0 0 0\n1 0 0\n1 1 0"),
+    "upper left": (causal_upper_left(2, 4), "1 0 0 0\n1 1 0 0"),
+    "lower right, L < S": (causal_lower_right(2, 4), "1 1 1 0\n1 1 1 1"),
+    "lower right, L > S": (causal_lower_right(4, 2), "0 0\n0 0\n1 0\n1 1"),
+    "window (2, 1)": (sliding_window(2, 1), "1 1 0 0 0\n1 1 1 0 0\n1 1 1 1 0\n0 1 1 1 1\n0 0 1 1 1"),
+    "window (0, 0)": (sliding_window(0, 0), "1 0 0\n0 1 0\n0 0 1"),
+    "window (1, -1)": (sliding_window(1, -1), "1 1 1 1\n1 1 1 1\n0 1 1 1\n0 0 1 1"),
+    "window (-1, 1)": (sliding_window(-1, 1), "1 1 0 0\n1 1 1 0"),
+    "window (-1, -1)": (sliding_window(-1, -1), "1 1 1\n1 1 1"),
+    "window (1, 0) at the end of a cache": (sliding_window(1, 0, 3), "0 0 1 1 0\n0 0 0 1 1"),
+    "segments": (SegmentIds(jnp.array([0, 0, 1, -1])), "1 1 0 0\n1 1 0 0\n0 0 1 0\n0 0 0 0"),
+    "segments of queries and keys": (SegmentIds(jnp.array([5, 7]), jnp.array([7, 5, 5, -1])), "0 1 1 0\n1 0 0 0"),
+    "one length for all": (KeyLengths(2), "1 1 0 0\n1 1 0 0"),
+    "length and start": (KeyLengths(3, 1), "0 1 1 0\n0 1 1 0"),
+    "query length": (QueryLengths(1), "1 1 1\n0 0 0"),
+    "dense": (Dense(jnp.array([[True, False, True]])), "1 0 1"),
+    "causal & window": (causal() & sliding_window(1, -1), "1 0 0 0\n1 1 0 0\n0 1 1 0\n0 0 1 1"),
+    "causal & segments & lengths": (causal() & SegmentIds(jnp.array([0, 0, 1, 1])) & KeyLengths(3), "1 0 0 0\n1 1 0 0\n0 0 1 0\n0 0 1 0"),
+    "dense & causal": (jnp.array([[True, True, False]]) & causal(), "1 0 0\n1 1 0\n1 1 0"),
+    "numpy array & causal": (np.array([[True, True, False]]) & causal(), "1 0 0\n1 1 0\n1 1 0"),
+    "nothing at all": (EVERYTHING, "1 1\n1 1\n1 1"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(name):
+    mask, text = PICTURES[name]
+    expected = picture(text)
+    got = mask.materialise(*expected.shape)
+    assert got.dtype == bool
+    np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
+
+
+def test_batch_dims_put_a_heads_dim_behind_them():
+    stops, offsets, ids = jnp.array([2, 0, 3]), jnp.array([0, 1, -1]), jnp.array([[0, 0, 1], [1, 1, 1], [-1, 2, 2]])
+    np.testing.assert_array_equal(KeyLengths(stops).materialise(2, 3), np.broadcast_to(lengths(2, 3, stops), (3, 1, 2, 3)))
+    np.testing.assert_array_equal(causal(offsets).materialise(3, 3), band(3, 3, -1, 0, offsets))
+    np.testing.assert_array_equal(SegmentIds(ids).materialise(3, 3), same_segment(ids, ids))
+    both = causal(offsets) & KeyLengths(stops) & SegmentIds(ids)
+    np.testing.assert_array_equal(both.materialise(3, 3), band(3, 3, -1, 0, offsets) & lengths(3, 3, stops) & same_segment(ids, ids))
+
+
+def test_and_is_the_conjunction_and_keeps_order():
+    a, b, c = causal(), KeyLengths(2), Dense(jnp.ones((1, 3), bool))
+    assert isinstance(a & b, And) and (a & b & c).parts(3, 3) == (a, b, c)
+    assert [type(part) for part in ((a & b) & (c & causal_lower_right(3, 3))).parts(3, 3)] == [Band, KeyLengths, Dense, Band]
+    assert conjunction(()) is EVERYTHING and conjunction((a,)) is a
+
+
+# --- the ranges: what a blockwise backend skips and what it does not mask
+
+ints = st.integers
+
+
+def draw_mask(draw, L, S):
+    """Any structured mask without batch dims, or a conjunction of two."""
+    distance, place = ints(-1, 9), ints(-25, 25)
+    kind = draw(st.sampled_from(["band", "traced band", "lengths", "query lengths", "segments", "causal bias", "and"]))
+    if kind == "band":
+        return Band(draw(distance), draw(distance), draw(place))
+    if kind == "traced band":
+        return Band(draw(distance), draw(distance), jnp.asarray(draw(place)))
+    if kind == "lengths":
+        return KeyLengths(draw(place), draw(st.none() | place))
+    if kind == "query lengths":
+        return QueryLengths(draw(place))
+    if kind == "segments":
+        ids = lambda n: jnp.asarray(draw(st.lists(ints(-1, 3), min_size=n, max_size=n)), jnp.int32)
+        return SegmentIds(ids(L), ids(S))
+    if kind == "causal bias":
+        return CausalBias(draw(st.sampled_from(CausalVariant)), L, S)
+    return draw_mask(draw, L, S) & draw_mask(draw, L, S)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_ranges_agree_with_keep(data):
+    """kv_range covers what keep keeps; inside full_range everything is kept; key_valid hides only what nobody sees."""
+    L, S = data.draw(ints(1, 12)), data.draw(ints(1, 14))
+    mask = data.draw(st.composite(draw_mask)(L, S))
+    lo = data.draw(ints(0, L - 1))
+    hi = data.draw(ints(lo + 1, L))
+    keep = np.broadcast_to(np.asarray(mask.materialise(L, S)), (L, S))
+    start, stop = (int(x) for x in np.broadcast_arrays(*mask.kv_range(lo, hi, L, S), 0)[:2])
+    assert 0 <= start <= stop <= S
+    outside = np.ones(S, bool)
+    outside[start:stop] = False
+    assert not keep[lo:hi, outside].any(), f"{mask} keeps keys outside of [{start}, {stop})"
+    start, stop = (int(x) for x in np.broadcast_arrays(*mask.full_range(lo, hi, L, S), 0)[:2])
+    assert 0 <= start and stop <= S and keep[lo:hi, start:stop].all(), f"{mask} is not full in [{start}, {stop})"
+    valid = mask.key_valid(L, S)
+    valid = np.ones(S, bool) if valid is None else np.broadcast_to(np.asarray(valid), S)
+    assert valid[keep.any(0)].all(), f"{mask} hides a key that a query sees"
+
+
+def test_key_valid_hides_what_nobody_sees():
+    """Exactly, for each kind alone: these keys may hold NaN."""
+    for mask in (causal(), causal(-2), sliding_window(1, 0, 4), sliding_window(2, 2, jnp.asarray(-3)), KeyLengths(4, 2), KeyLengths(0)):
+        keep = np.asarray(mask.materialise(4, 9))
+        np.testing.assert_array_equal(np.broadcast_to(mask.key_valid(4, 9), 9), keep.any(0), err_msg=str(mask))
+    ids = SegmentIds(jnp.array([2, 0, -1, 0]), jnp.array([0, 1, 2, -1, 3, 0]))
+    np.testing.assert_array_equal(ids.key_valid(4, 6), [1, 0, 1, 0, 0, 1])
+    assert causal(5).key_valid(4, 9) is None and EVERYTHING.key_valid(4, 9) is None
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64"])
+def test_integers_of_any_width_will_do(dtype, x64):
+    if dtype == "int64" and not x64:
+        return
+    L, S = 200, 300
+    small = np.array([100, 7], dtype)
+    for mask, keep in [
+        (KeyLengths(small, small // 2), lengths(L, S, small, small // 2)),
+        (QueryLengths(small), np.arange(L)[None, None, :, None] < small.astype(int)[:, None, None, None]),
+        (causal(small), band(L, S, -1, 0, small)),
+        (sliding_window(3, 4, small), band(L, S, 3, 4, small)),
+        (SegmentIds(np.arange(L).astype("uint8") // 50 // np.array([[1], [2]], dtype), np.arange(S).astype(dtype) % 3), None),
+    ]:
+        mask = jax.tree.map(jnp.asarray, mask)
+        picture = np.asarray(mask.materialise(L, S))
+        if keep is not None:
+            np.testing.assert_array_equal(np.broadcast_to(picture, (2, 1, L, S)), np.broadcast_to(keep, (2, 1, L, S)), err_msg=str(type(mask)))
+        seen = np.broadcast_to(picture, (2, 1, L, S)).any(-2)[:, 0]
+        valid = mask.key_valid(L, S)
+        assert valid is None or (np.asarray(valid) | ~seen).all()
+        lo, hi = (np.broadcast_to(np.asarray(bound).astype(int).reshape(-1), 2) for bound in mask.kv_range(10, 20, L, S))
+        for b in range(2):
+            block = np.broadcast_to(picture, (2, 1, L, S))[b, 0, 10:20]
+            assert not block[:, : lo[b]].any() and not block[:, hi[b] :].any()
+
+
+def test_static_masks_answer_with_ints_so_that_blocks_are_skipped_while_tracing():
+    for mask in (causal(), sliding_window(3, 0, 2), causal_lower_right(8, 16), causal() & sliding_window(3, -1)):
+        for bound in (*mask.kv_range(4, 8, 8, 16), *mask.full_range(4, 8, 8, 16)):
+            assert isinstance(bound, int)
+    assert causal_lower_right(8, 16).kv_range(0, 4, 8, 16) == (0, 12)
+    assert sliding_window(3, 0).kv_range(8, 12, 16, 16) == (5, 12)
+    assert sliding_window(3, 0).full_range(8, 10, 16, 16) == (6, 9)
+
+
+def test_keep_is_plain_arithmetic_for_numpy_jit_and_traced_positions():
+    mask = causal(1) & sliding_window(2, 0, 1) & KeyLengths(jnp.asarray(5))
+    q_idx, k_idx = np.arange(3, 7)[:, None], np.arange(2, 9)[None, :]
+    traced = jax.jit(lambda mask, q0, k0: mask.keep(q0 + jnp.arange(4)[:, None], k0 + jnp.arange(7)[None, :]))(mask, 3, 2)
+    np.testing.assert_array_equal(mask.keep(q_idx, k_idx), traced)
+    np.testing.assert_array_equal(Dense(jnp.arange(12).reshape(3, 4) % 3 == 0).keep(np.array([[2]]), np.array([[1, 3]])), [[True, False]])
+
+
+# --- masks are values
+
+VALUES = [
+    causal(), sliding_window(3, 1, 4), causal(jnp.array([1, 2])), KeyLengths(jnp.array([1, 2])), KeyLengths(jnp.array([3, 3]), jnp.array([1, 2])),
+    QueryLengths(jnp.array([1, 2])), SegmentIds(jnp.zeros((2, 4), int), jnp.zeros((2, 4), int)), Dense(jnp.ones((2, 1, 1, 4), bool)),
+    causal_lower_right(4, 4), causal() & KeyLengths(jnp.array([1, 2])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", VALUES, ids=lambda mask: type(mask).__name__)
+def test_masks_are_frozen_pytrees(mask):
+    leaves, treedef = jax.tree.flatten(mask)
+    again = jax.tree.unflatten(treedef, leaves)
+    assert type(again) is type(mask) and jax.tree.structure(again) == treedef and hash(treedef) is not None
+    np.testing.assert_array_equal(again.materialise(4, 4), mask.materialise(4, 4))
+    np.testing.assert_array_equal(jax.jit(lambda m: m.materialise(4, 4))(mask), mask.materialise(4, 4))
+    assert jax.tree.structure(jax.eval_shape(lambda m: m, mask)) == treedef
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(mask, dataclasses.fields(mask)[0].name, 0)
+
+
+def test_masks_map_over_their_arrays():
+    stops = jnp.arange(5)
+    pictures = jax.vmap(lambda mask: mask.materialise(2, 4))(KeyLengths(stops))
+    np.testing.assert_array_equal(pictures, [KeyLengths(n).materialise(2, 4) for n in range(5)])
+    offsets = jax.vmap(lambda mask: mask.materialise(2, 4))(causal(stops))
+    np.testing.assert_array_equal(offsets, [causal(n).materialise(2, 4) for n in range(5)])
+
+
+def test_static_masks_do_not_retrace_jit_and_others_do():
+    traces = []
+
+    @jax.jit
+    def f(mask):
+        traces.append(mask)
+        return mask.materialise(2, 3)
+
+    for mask in (causal(), causal(), causal(1), KeyLengths(jnp.array([1])), KeyLengths(jnp.array([2]))):
+        f(mask)
+    assert len(traces) == 3
+
+
+# --- torch's mirror
+
+
+def test_torch_names():
+    assert [(variant.name, int(variant)) for variant in CausalVariant] == [("UPPER_LEFT", 1), ("LOWER_RIGHT", 2)]
+    assert causal_upper_left(3, 5) == CausalBias(CausalVariant.UPPER_LEFT, 3, 5)
+    assert causal_lower_right(3, 5) == CausalBias(CausalVariant.LOWER_RIGHT, 3, 5)
+    assert all(hasattr(bias_module, name) for name in bias_module.__all__)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (4, 4)])
+def test_causal_biases_are_torchs(sizes):
+    import warnings
+
+    from torch.nn.attention import bias as theirs
+
+    for name in ("causal_upper_left", "causal_lower_right"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the NaN that it no longer produces
+            wanted = getattr(theirs, name)(*sizes)._materialize().numpy()
+        keep = wanted if wanted.dtype == bool else wanted == 0
+        np.testing.assert_array_equal(getattr(bias_module, name)(*sizes).materialise(*sizes), keep)
+
+
+# --- errors
+
+ONES = jnp.ones((2, 3, 4, 8))
+ERRORS = {
+    "left too small": (lambda: Band(-2, 0), ValueError, "left must be an int >= -1"),
+    "right no int": (lambda: sliding_window(1, 2.0), ValueError, "right must be an int >= -1"),
+    "window of bool": (lambda: sliding_window(True, 0), ValueError, "left must be an int"),
+    "offset bool": (lambda: causal(True), TypeError, "offset must be an int or an integer array, got a bool"),
+    "offset float": (lambda: causal(1.5), TypeError, "offset must be an integer array"),
+    "offset float array": (lambda: causal(jnp.ones(2)), TypeError, "offset must be an integer array, got float32"),
+    "lengths float": (lambda: KeyLengths(jnp.ones(2)), TypeError, "lengths must be an integer array, got float32"),
+    "starts float": (lambda: KeyLengths(jnp.ones(2, int), jnp.ones(2)), TypeError, "starts must be an integer array"),
+    "query lengths float": (lambda: QueryLengths(jnp.ones(2)), TypeError, "lengths must be an integer array"),
+    "segments float": (lambda: SegmentIds(jnp.ones(4)), TypeError, r"SegmentIds.query must be an integer array"),
+    "segments scalar": (lambda: SegmentIds(jnp.asarray(4)), ValueError, "one id per position"),
+    "combined with an int array": (lambda: causal() & jnp.ones((2, 2), int), TypeError, "bool or float arrays, got int32"),
+    "combined with a list": (lambda: causal() & [True], TypeError, "bool or float arrays, got list"),
+    "combined from the left": (lambda: np.ones((2, 2), int) & causal(), TypeError, "bool or float arrays, got int"),
+    "as_mask": (lambda: as_mask(3), TypeError, "got int"),
+    "float mask has no keep": (lambda: Dense(jnp.ones((2, 2))).materialise(2, 2), TypeError, "adds to the scores"),
+    "variant": (lambda: CausalBias(1, 2, 3), TypeError, "must be a CausalVariant"),
+    "sizes of a causal bias": (lambda: scaled_dot_product_attention(ONES, ONES, ONES, causal_upper_left(5, 5)), ValueError, r"lengths \(5, 5\), the call has L=4, S=4: make it with causal_upper_left\(4, 4\)"),
+    "sizes of segments": (lambda: scaled_dot_product_attention(ONES, ONES, ONES, SegmentIds(jnp.zeros(5, int))), ValueError, "one id per query and per key, 4 and 4 here, got 5 and 5"),
+    "batch of lengths": (lambda: scaled_dot_product_attention(ONES, ONES, ONES, KeyLengths(jnp.ones(3, int))), ValueError, r"KeyLengths.lengths must have batch dims that broadcast to the call's \(2,\), got \(3,\)"),
+    "rank of offsets": (lambda: scaled_dot_product_attention(ONES, ONES, ONES, causal(jnp.ones((2, 3), int))), ValueError, "Band.offset must have batch dims"),
+    "batch of segments": (lambda: scaled_dot_product_attention(ONES, ONES, ONES, SegmentIds(jnp.zeros((3, 4), int))), ValueError, "SegmentIds.query must have batch dims"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    call, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        call()
