@@ -166,7 +166,7 @@ TORCH_FACE = {
     "structured mask and is_causal": (lambda: sdpa(Q, K, K, causal_lower_right(5, 6), is_causal=True), ValueError, "attn_mask should not be set"),
     "integer mask": (lambda: sdpa(Q, K, K, np.ones((5, 6), np.int32)), TypeError, r"attn_mask dtype to be bool or float32 or to match query dtype, but got attn_mask.dtype: int32.*attn_mask.astype\(bool\)"),
     "uint8 mask": (lambda: sdpa(Q, K, K, np.ones((5, 6), np.uint8)), TypeError, "attn_mask.dtype: uint8"),
-    "half mask on float32": (lambda: sdpa(Q, K, K, np.ones((5, 6), np.float16)), TypeError, "attn_mask.dtype: float16 and query dtype: float32"),
+    "half mask on float32": (lambda: sdpa(Q, K, K, np.ones((5, 6), np.float16)), TypeError, "attn_mask.dtype: float16 and query.dtype: float32"),
     "mask is a list": (lambda: sdpa(Q, K, K, [[True]]), TypeError, "attn_mask must be a JAX or NumPy array, got list"),
     "mask of higher rank": (lambda: sdpa(Q, K, K, np.ones((1, 2, 4, 5, 6), bool)), ValueError, r"broadcast into the scores' shape \(2, 4, 5, 6\) .* without enlarging it, got \(1, 2, 4, 5, 6\)"),
     "mask that enlarges the batch": (lambda: sdpa(Q[:1], K[:1], K[:1], np.ones((2, 1, 5, 6), bool)), ValueError, "without enlarging it"),
@@ -212,7 +212,7 @@ def test_float64_needs_x64_and_says_so():
         sdpa(Q, K, K, np.zeros((5, 6)))
     with jax.enable_x64(True):
         assert sdpa(*(x.astype(np.float64) for x in (Q, K, K))).dtype == np.float64
-        with pytest.raises(TypeError, match="attn_mask.dtype: float64 and query dtype: float32"):
+        with pytest.raises(TypeError, match="attn_mask.dtype: float64 and query.dtype: float32"):
             sdpa(Q, K, K, np.zeros((5, 6)))
 
 

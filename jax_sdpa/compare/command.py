@@ -183,9 +183,10 @@ def _compare(options: argparse.Namespace) -> int:
             print(f"{case.name:20} {case.model} ({case.dtype}; {case.shape(options.size)})")
         return EXIT_HOLDS
     try:
+        work = _work(options)
         for module in ("rich", *(("matplotlib",) if options.html else ())):
             need(module)  # before minutes of work, not after
-        device, work = devices.open_device(options.device), _work(options)
+        device = devices.open_device(options.device)
     except (MissingExtraError, ValueError) as error:
         return _usage(error)
     started = datetime.datetime.now(datetime.UTC)

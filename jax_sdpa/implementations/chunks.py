@@ -30,6 +30,20 @@ def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], carry: Any) -> A
     return lax.fori_loop(jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32), body, carry)
 
 
+def as_bits(x: jax.Array) -> jax.Array:
+    """16-bit floats as uint16, others as they are.
+
+    XLA's CPU backend has no slices of 16-bit floats: it widens the whole array to float32 and keeps that through the loop (6
+    times the bytes of q in temporaries for bfloat16, L = 16384). It does have them of integers.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+
+
+def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    """What `as_bits` was given: `dtype` tells which 16-bit float it was."""
+    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
 def slice_at(x: jax.Array, starts: Sequence[Any], sizes: Sequence[Any]) -> jax.Array:
     return lax.dynamic_slice(x, [jnp.asarray(start, jnp.int32) for start in starts], sizes)
 
@@ -116,15 +130,16 @@ class Chunks:
     def take(self, x: jax.Array, c: Any, start: Any, length: Any, heads: Any = 1) -> jax.Array:
         """A block of q, k, v or out as (n, heads * length, dim), in the dtype of the computation."""
         starts, sizes = self._box(c, heads, start, length, x.shape[3])
-        block = slice_at(x, starts, sizes)
+        block = from_bits(slice_at(as_bits(x), starts, sizes), self.request.query.dtype)
         if self.request.spec.layout == "BLHE":
             block = jnp.swapaxes(block, 1, 2)
         return block.reshape(self.n, heads * length, x.shape[3]).astype(self.dtype)
 
     def put(self, x: jax.Array, block: jax.Array, c: Any, start: Any, heads: Any = 1) -> jax.Array:
-        """x with (n, heads * length, dim) written where `take` reads it."""
+        """x, which may hold bits, with (n, heads * length, dim) written where `take` reads it."""
         length = block.shape[1] // heads
         starts, sizes = self._box(c, heads, start, length, x.shape[3])
+        block = as_bits(block.astype(self.request.query.dtype)) if x.dtype == jnp.uint16 else block
         block = block.reshape(self.nb, self.nh * heads, length, x.shape[3])
         if self.request.spec.layout == "BLHE":
             block = jnp.swapaxes(block, 1, 2)

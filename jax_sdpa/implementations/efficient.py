@@ -20,7 +20,7 @@ from jax_sdpa.context import SDPBackend
 from jax_sdpa.device import Device
 from jax_sdpa.implementations import efficient_backward, plans, scores
 from jax_sdpa.implementations.base import Implementation, Tangents
-from jax_sdpa.implementations.chunks import Chunks, loop
+from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop
 from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
 from jax_sdpa.request import SdpaRequest
 
@@ -29,21 +29,20 @@ hold = lax.optimization_barrier  # keeps XLA from recomputing a tile in each of 
 
 def attention(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of a request, by one of the two walks."""
-    if plan.whole:
-        return _by_whole_rows(request, plan)
-    padded = pad(request, plan.block_q, plan.block_k)
-    out, lse = _by_blocks(padded, plan)
+    padded = request if plan.whole else pad(request, plan.block_q, plan.block_k)
+    out, lse = (_by_whole_rows if plan.whole else _by_blocks)(padded, plan)
+    out = from_bits(out, request.query.dtype)
     if padded is request:
         return out, lse
     return lax.slice_in_dim(out, 0, request.query_len, axis=request.length_axis), lse[:, :, : request.query_len]
 
 
 def _no_keys(request: SdpaRequest, lse_dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """What rows give that no block visits: 0, and -inf or the sink."""
+    """What rows give that no block visits, the arrays to write the others into: 0 (as bits), and -inf or the sink."""
     lse = jnp.full(request.lse_shape, -jnp.inf, lse_dtype)
     if request.sinks is not None:
         lse = jnp.broadcast_to(request.sinks[:, :, None].astype(lse_dtype), request.lse_shape)
-    return jnp.zeros(request.out_shape, request.query.dtype), lse
+    return as_bits(jnp.zeros(request.out_shape, request.query.dtype)), lse
 
 
 def _store(chunks: Chunks, c: Any, q0: Any, m: jax.Array, l: jax.Array, acc: jax.Array, carry: Any) -> Any:

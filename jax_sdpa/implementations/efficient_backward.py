@@ -20,7 +20,7 @@ from jax import lax
 
 from jax_sdpa.implementations import scores
 from jax_sdpa.implementations.base import Tangents
-from jax_sdpa.implementations.chunks import Chunks, loop, slice_at, split, write_at
+from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop, slice_at, split, write_at
 from jax_sdpa.implementations.plans import Plan
 from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
 from jax_sdpa.request import SdpaRequest
@@ -220,14 +220,15 @@ def backward(
     work = _Backward(padded, Chunks(padded, plan.nb, plan.nh), dout, lse, delta)
     sum_dtype = dtype if plan.whole and request.query_len > plan.block_q else padded.key.dtype
     sums = Sums(
-        jnp.zeros(padded.query.shape, padded.query.dtype),
-        jnp.zeros(padded.key.shape, sum_dtype),
-        jnp.zeros(padded.value.shape, sum_dtype),
+        as_bits(jnp.zeros(padded.query.shape, padded.query.dtype)),
+        as_bits(jnp.zeros(padded.key.shape, sum_dtype)),
+        as_bits(jnp.zeros(padded.value.shape, sum_dtype)),
         jnp.zeros(padded.bias.shape, dtype) if "bias" in wrt else None,
         jnp.zeros((request.batch,), dtype) if "scale" in wrt else None,
     )
     sums = work.by_whole_rows(sums, plan.block_q) if plan.whole else work.by_blocks(sums, plan.block_q, plan.block_k)
 
+    sums = jax.tree.map(lambda x: from_bits(x, request.query.dtype), sums)
     dk = sums.dk if work.key_factor == 1.0 else sums.dk * work.key_factor
     for name, sum_ in (("query", sums.dq), ("key", dk), ("value", sums.dv), ("bias", sums.dbias), ("scale", sums.dscale)):
         if name in wrt:
