@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sdpa import compat, dropout
-from jax_sdpa.context import BACKENDS, DEVICE, KERNEL, TOGGLES, Allowed, SDPBackend, allowed_now
+from jax_sdpa.context import DEVICE, KERNEL, TOGGLES, Allowed, SDPBackend, allowed_now
 from jax_sdpa.masks import And, Band, Dense, KeyLengths, Mask, QueryLengths, causal
 from jax_sdpa.request import SdpaRequest, SdpaSpec
 
@@ -116,7 +116,7 @@ def _flat(x: jax.Array, batch: tuple[Any, ...], heads: int, heads_axis: int) -> 
 
 def _dense(array: Any, batch: tuple[Any, ...], core: tuple[Any, Any, Any], rank: int, name: str) -> jax.Array:
     """A dense mask or bias, broadcastable into (…, Hq, L, S), as (B|1, Hq|1, L|1, S|1)."""
-    Hq, L, S = core
+    Hq = core[0]
     full = (*batch, *core)[-rank:]
     fits = array.ndim <= rank and all(m in (1, f) for m, f in zip(array.shape[::-1], full[::-1], strict=False))
     if not fits:
@@ -160,10 +160,8 @@ def _split_mask(
     return bias, keep, tuple(structured)
 
 
-def _mask_value(attn_mask: Any, name: str) -> Mask | None:
-    if attn_mask is None or isinstance(attn_mask, Mask):
-        return attn_mask
-    return Dense(as_array(attn_mask, name))
+def _mask_value(mask: Any, name: str) -> Mask:
+    return mask if isinstance(mask, Mask) else Dense(as_array(mask, name))
 
 
 def _dropout(p: Any, key: Any, batch: tuple[Any, ...], Hq: int) -> tuple[float, jax.Array | None]:
@@ -175,8 +173,8 @@ def _dropout(p: Any, key: Any, batch: tuple[Any, ...], Hq: int) -> tuple[float, 
         return 0.0, None
     if key is None:
         raise ValueError(
-            f"dropout_p={p} needs a key: pass dropout_rng=jax.random.key(...). (torch draws from a global generator; JAX's keys are "
-            "explicit.)"
+            f"dropout_p={p} needs a key: pass dropout_rng=jax.random.key(...). "
+            "(torch draws from a global generator; JAX's keys are explicit.)"
         )
     return p, dropout.seeds(key, math.prod(batch), Hq)
 
@@ -241,13 +239,13 @@ def torch_request(
 ) -> tuple[SdpaRequest, tuple[Any, ...]]:
     """The request of torch's face, and the shape in which its caller expects the output."""
     q, k, v = _arrays(query, key, value, least_rank=2)
-    mask = _mask_value(attn_mask, "attn_mask")
+    mask = None if attn_mask is None else _mask_value(attn_mask, "attn_mask")
     if _flag(is_causal, "is_causal"):
         if mask is not None:
             raise ValueError(
-                "Explicit attn_mask should not be set when is_causal=True. To combine them, pass attn_mask=causal_upper_left(L, S) & "
-                "mask (torch's is_causal) or causal_lower_right(L, S) & mask (queries at the end of a KV cache), from "
-                "jax_sdpa.attention.bias."
+                "Explicit attn_mask should not be set when is_causal=True. To combine them, pass "
+                "attn_mask=causal_upper_left(L, S) & mask (torch's is_causal) or causal_lower_right(L, S) & mask (queries at the end "
+                "of a KV cache), from jax_sdpa.attention.bias."
             )
         mask = causal()
     if _flag(enable_gqa, "enable_gqa") and min(q.ndim, k.ndim, v.ndim) < 3:
@@ -281,13 +279,15 @@ def _implementation(implementation: Any) -> Allowed:
     if implementation not in named:
         raise ValueError(f"implementation must be 'xla', 'cudnn' or None, got {implementation!r}.")
     around = KERNEL.value
-    chosen = tuple(b for b in BACKENDS if b in named[implementation] and (around is None or b in around.backends))
-    if around is not None and not chosen:
+    if around is None:
+        return Allowed(named[implementation])
+    chosen = tuple(backend for backend in around.backends if backend in named[implementation])
+    if not chosen:
         raise ValueError(
             f"implementation={implementation!r} conflicts with the surrounding sdpa_kernel, which allows only "
             f"{[b.name for b in around.backends]}: drop one of the two."
         )
-    return Allowed(chosen)
+    return Allowed(chosen, around.ordered)
 
 
 def jax_request(
@@ -325,8 +325,10 @@ def jax_request(
     if _flag(is_causal, "is_causal"):
         parts.append(causal())
     if local_window_size is not None:
-        window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size, local_window_size)
-        parts.append(Band(*window))
+        window = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size, local_window_size)
+        if len(window) != 2:
+            raise ValueError(f"local_window_size must be an int or (left, right), got {local_window_size!r}.")
+        parts.append(Band(left=window[0], right=window[1]))
     if (lengths := _lengths(query_seq_lengths, "query_seq_lengths")) is not None:
         parts.append(QueryLengths(lengths))
     if (lengths := _lengths(key_value_seq_lengths, "key_value_seq_lengths")) is not None:

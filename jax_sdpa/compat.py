@@ -99,7 +99,7 @@ def default_device() -> Any:
 
 def zero_tangent(primal: Any) -> Any:
     """The symbolic zero in the tangent space of a value."""
-    return ad.Zero.from_primal_value(primal)
+    return ad.Zero.from_primal_value(primal)  # pyright: ignore
 
 
 _NO_SCORE_MOD: dict[str, Any] = {"score_mod_name": None, "score_mod_jaxpr": None} if JAX_VERSION >= (0, 12) else {}

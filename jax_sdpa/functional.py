@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
             scores (-inf masks, a large negative number is a number). Or a structured mask of `jax_sdpa.attention.bias`
             (`causal_lower_right(L, S)`, `sliding_window(left, right)`, `SegmentIds`, `KeyLengths`, `&` of them), which no fused
             backend ever makes an L x S array of, and whose hidden keys never reach the result, whatever they hold.
-        dropout_p: probability of dropping a weight, a number in [0, 1], rounded to a multiple of 2^-16.
+        dropout_p: probability of dropping a weight, a number in [0, 1], rounded to a multiple of 2^-32.
         is_causal: upper-left triangle, k <= q, for any L and S. With `attn_mask` it is an error.
         scale: a number, or a scalar array (may be traced, has a gradient).
         enable_gqa: query head h attends with key/value head h // (Hq / H); nothing is repeated in memory.
@@ -128,8 +128,8 @@ def dot_product_attention(
         sinks: float (Hq,), a logit per head that takes part in the softmax and has no value, as in gpt-oss; has a gradient.
 
     Returns:
-        (…, L, Hq, Ev) in the query's dtype; with `return_residual` also lse (…, L, Hq), float32 (float64 for float64 calls), natural
-        logarithm, differentiable; -inf in a row that attends to nothing.
+        (…, L, Hq, Ev) in the query's dtype; with `return_residual` also lse (…, L, Hq), float32 (float64 for float64 calls),
+        natural logarithm, differentiable; -inf in a row that attends to nothing.
 
     Raises:
         As `scaled_dot_product_attention`; ValueError where `implementation` contradicts a surrounding `sdpa_kernel`.

@@ -62,9 +62,12 @@ def _flatten_batch(x: Any, core_rank: int, batch: BatchShape, name: str) -> jax.
     return jnp.reshape(jnp.broadcast_to(x, (*batch, *core)), (size, *core))
 
 
-def _require_integers(x: Any, name: str) -> None:
+def _int32(x: Any, name: str) -> Any:
+    """An integer array as int32, so that positions of any length can be compared with it; a list counts as an array."""
+    x = np.asarray(x) if isinstance(x, (list, tuple)) else x
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}.")
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x, jnp.int32)
 
 
 class Mask:
@@ -168,7 +171,7 @@ class Band(Mask):
         if isinstance(self.offset, bool):
             raise TypeError("offset must be an int or an integer array, got a bool.")
         if not isinstance(self.offset, int):
-            _require_integers(self.offset, "offset")
+            object.__setattr__(self, "offset", _int32(self.offset, "offset"))
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         distance = k_idx - q_idx - _spread(self.offset)
@@ -226,10 +229,8 @@ class KeyLengths(Mask):
     def __post_init__(self) -> None:
         for name in ("lengths", "starts"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                object.__setattr__(self, name, jnp.asarray(value, jnp.int32))
-            elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                _require_integers(value, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                object.__setattr__(self, name, _int32(value, name))
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         kept = k_idx + 0 * q_idx < _spread(self.lengths)
@@ -292,7 +293,7 @@ class SegmentIds(Mask):
         if self.key is None:
             object.__setattr__(self, "key", self.query)
         for name in ("query", "key"):
-            _require_integers(getattr(self, name), f"SegmentIds.{name}")
+            object.__setattr__(self, name, _int32(getattr(self, name), f"SegmentIds.{name}"))
             if getattr(self, name).ndim == 0:
                 raise ValueError(f"SegmentIds.{name} must have one id per position, (batch..., length), got a scalar.")
 

@@ -63,7 +63,8 @@ def _ungroup(x: Array, heads: int) -> Array:
 def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[str, Array]:
     """{'out', 'lse', and the cotangent of each operand that is there}, computed in `dtype`.
 
-    rounded_to: round out to this dtype before the backward pass uses it, as every backend does that keeps (out, lse).
+    The cotangents that are sums over the call come with 'size of' them, the root of the sum of squares of what is summed.
+    rounded_to: go backward from out rounded to this dtype and from lse alone, as every backend does that keeps (out, lse).
     """
     cast = lambda x: None if x is None else np.asarray(x).astype(dtype)
     q, k, v, dout = (cast(x) for x in (problem.query, problem.key, problem.value, problem.dout))
@@ -101,7 +102,10 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     weights = p if survivors is None else p * survivors
     out = weights @ V
 
-    kept_out = out if rounded_to is None else out.astype(rounded_to).astype(dtype)
+    kept_out = out
+    if rounded_to is not None:
+        kept_out = out.astype(rounded_to).astype(dtype)
+        p = np.exp(s - np.where(empty[..., 0], 0, lse)[..., None])
     dweights = dout @ np.swapaxes(V, -1, -2)
     dp = dweights if survivors is None else dweights * survivors
     row = (dout * kept_out).sum(-1, keepdims=True)
@@ -109,12 +113,16 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
         row = row - cast(problem.dlse)[..., None]
     ds = p * (dp - row)
     answer = {"out": out, "lse": lse}
+    summed = {}
     if bias is not None:
-        answer["bias"] = _sum_to(ds, bias.shape)
+        summed["bias"] = ds, lambda x: _sum_to(x, bias.shape)
     if sinks is not None:
-        answer["sinks"] = _sum_to(-(at_sink / total * row)[..., 0].sum(-1), sinks.shape)
+        summed["sinks"] = -(at_sink / total * row)[..., 0], lambda x: _sum_to(x.sum(-1), sinks.shape)
     ds = ds * slope
-    answer["scale"] = np.asarray((ds * products).sum())
+    summed["scale"] = ds * products, np.sum
+    for name, (terms, add_up) in summed.items():
+        answer[name] = np.asarray(add_up(terms))
+        answer["size of " + name] = np.sqrt(np.max(add_up(terms * terms)))
     answer["query"] = _sum_to(scale * (ds @ K), q.shape)
     dK = scale * (np.swapaxes(ds, -1, -2) @ q)
     dV = np.swapaxes(weights, -1, -2) @ dout
@@ -123,11 +131,12 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     return answer
 
 
-def assert_as_good(got: Any, exact: Any, honest: Any, what: str = "") -> None:
+def assert_as_good(got: Any, exact: Any, honest: Any, what: str = "", size: Any = 0) -> None:
     """The tolerance rule, the only one: at most 3 times the error of an honest implementation of the same precision.
 
     The floor, for results that the honest one happens to hit: one rounding to got's dtype, and 8 ulp of the dtype that half
-    precision is computed in. Errors are measured against the largest entry; NaN and infinity must be where they belong.
+    precision is computed in. Errors are measured against the largest entry, or `size` where a result is a sum of larger terms;
+    NaN and infinity must be where they belong.
     """
     dtype = got.dtype
     honest = np.asarray(honest).astype(dtype).astype(EXACT)
@@ -138,10 +147,10 @@ def assert_as_good(got: Any, exact: Any, honest: Any, what: str = "") -> None:
     if not finite.any():
         return
     got, exact, honest = got[finite], exact[finite], honest[finite]
-    size = np.abs(exact).max()
-    floor = (float(jnp.finfo(dtype).eps) / 2 + 8 * float(np.finfo(compute_dtype(dtype)).eps)) * size
+    largest = np.abs(exact).max()
+    floor = largest * float(jnp.finfo(dtype).eps) / 2 + 8 * float(np.finfo(compute_dtype(dtype)).eps) * max(largest, size)
     error, allowed = np.abs(got - exact).max(), 3 * np.abs(honest - exact).max() + floor
-    assert error <= allowed, f"{what}: error {error:.3g} of {size:.3g}, allowed {allowed:.3g}"  # NaN fails too
+    assert error <= allowed, f"{what}: error {error:.3g} of {largest:.3g}, allowed {allowed:.3g}"  # NaN fails too
 
 
 def check(problem: Problem, got: dict[str, Any], *, names: tuple[str, ...] | None = None) -> None:
@@ -149,7 +158,7 @@ def check(problem: Problem, got: dict[str, Any], *, names: tuple[str, ...] | Non
     dtype = got["out"].dtype
     exact, honest = solve(problem), solve(problem, compute_dtype(dtype), rounded_to=dtype)
     for name in names or got:
-        assert_as_good(got[name], exact[name], honest[name], name)
+        assert_as_good(got[name], exact[name], honest[name], name, exact.get("size of " + name, 0))
 
 
 # --- masks as NumPy pictures, written without looking at jax_sdpa.masks

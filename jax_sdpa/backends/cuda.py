@@ -184,7 +184,8 @@ def allow_fp16_bf16_reduction_math_sdp(enabled: bool) -> None:
     Raises:
         TypeError: `enabled` is no bool (torch: RuntimeError).
 
-    Source: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, torch 2.13. Differs: holds on every platform; part of `jit`'s key.
+    Source: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, torch 2.13. Differs: holds on every platform; part of `jit`'s
+    key.
 
     >>> allow_fp16_bf16_reduction_math_sdp(True)
     >>> fp16_bf16_reduction_math_sdp_allowed()
@@ -255,8 +256,8 @@ def can_use_flash_attention(params: SDPAParams, debug: bool = False) -> bool:
     Raises:
         What the call itself would raise for its arguments (torch answers False to some of them).
 
-    Source: torch.backends.cuda.can_use_flash_attention, torch 2.13. Differs: asks about the forward; `jax_sdpa.explain(..., grad=True)`
-    answers for a call that is differentiated, and for devices that are not here.
+    Source: torch.backends.cuda.can_use_flash_attention, torch 2.13. Differs: asks about the forward; `jax_sdpa.explain(...,
+    grad=True)` answers for a call that is differentiated, and for devices that are not here.
 
     >>> q = jax.ShapeDtypeStruct((1, 8, 128, 64), "float32")
     >>> can_use_flash_attention(SDPAParams(q, q, q, None, 0.0, True, False))
@@ -294,8 +295,8 @@ def can_use_cudnn_attention(params: SDPAParams, debug: bool = False) -> bool:
     Raises:
         What the call itself would raise for its arguments (torch answers False to some of them).
 
-    Source: torch.backends.cuda.can_use_cudnn_attention, torch 2.13. Differs: asks about the forward; `jax_sdpa.explain(..., grad=True)`
-    answers for a call that is differentiated, and for devices that are not here.
+    Source: torch.backends.cuda.can_use_cudnn_attention, torch 2.13. Differs: asks about the forward; `jax_sdpa.explain(...,
+    grad=True)` answers for a call that is differentiated, and for devices that are not here.
 
     >>> q = jax.ShapeDtypeStruct((1, 8, 128, 64), "float32")
     >>> can_use_cudnn_attention(SDPAParams(q, q, q, None, 0.0, True, False))

@@ -12,6 +12,8 @@ from jax_sdpa.compare.extras import need
 from jax_sdpa.compare.measure import RULE
 from jax_sdpa.compare.report import (
     DROPOUT_NOTE,
+    EXIT_FAILS,
+    EXIT_HOLDS,
     MEMORY_NOTE,
     Report,
     megabytes,
@@ -21,7 +23,7 @@ from jax_sdpa.compare.report import (
     shape_words,
     verdict_words,
 )
-from jax_sdpa.compare.runner import FAILS, GRADIENTS, SHORT, Cell, Cost, Outcome
+from jax_sdpa.compare.runner import FAILS, GRADIENTS, HOLDS, REFUSED, SHORT, Cell, Cost, Outcome
 
 COLORS = {"MATH": "#4477aa", "EFFICIENT": "#228833", "FLASH": "#ee6677", "CUDNN": "#aa3377", "torch": "#222222"}
 """Paul Tol's bright scheme: told apart by colour-blind readers too."""
@@ -43,7 +45,7 @@ Points = list[tuple[int, float, str, str]]  # (case, x, backend, kind of marker)
 
 def page(report: Report) -> str:
     """The whole page, plots included, as a string."""
-    counts = report.counts()["cases"]
+    worst = {EXIT_HOLDS: HOLDS, EXIT_FAILS: FAILS}.get(report.exit_code(), REFUSED)
     about = report.about
     facts = [about["date"], about["device"], ", ".join(f"{name} {version}" for name, version in about["versions"].items())]
     facts.append(", ".join(f"{name} {value}" for name, value in about["settings"].items()))
@@ -51,8 +53,8 @@ def page(report: Report) -> str:
         [
             "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>jax-sdpa compare</title>",
             f"<style>{STYLE}</style></head><body><h1>scaled_dot_product_attention: jax_sdpa beside PyTorch</h1>",
-            "<p>" + ", ".join(f"<b class='{verdict}'>{count} {verdict}</b>" for verdict, count in counts.items()),
-            f" (cases)</p><p class='note'>{'<br>'.join(escape(fact) for fact in facts)}</p>",
+            f"<p><b class='{worst}'>{report.summary()}</b></p>",
+            f"<p class='note'>{'<br>'.join(escape(fact) for fact in facts)}</p>",
             *_faults(report),
             f"<h2>Errors</h2><p>{escape(RULE)}</p>",
             _plot(report, _error_points, "root mean square error / torch's own, against torch in float64", limits=(1.0, 2.0)),
@@ -177,9 +179,10 @@ def _plot(report: Report, points_of: Callable[[int, Outcome], Points], label: st
     for limit in limits:
         axes.axvline(limit, color="#888888", lw=1, ls="-" if limit == 1 else ":")
     axes.set_xscale("log")
-    plain = need("matplotlib.ticker").LogFormatter  # 0.5 rather than 5 x 10^-1
-    axes.xaxis.set_major_formatter(plain())
-    axes.xaxis.set_minor_formatter(plain())
+    ticker = need("matplotlib.ticker")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")  # 0.5 rather than 5 x 10^-1
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel(label)
     axes.set_yticks(range(len(report.outcomes)), [outcome.case.name for outcome in report.outcomes])
     axes.set_ylim(len(report.outcomes) - 0.5, -0.5)

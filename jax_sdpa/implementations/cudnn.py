@@ -13,7 +13,9 @@ call is refused. What it does, seen on an H200 with cuDNN 9.19 and jax 0.11.2 (`
     bfloat16 bias under -2.36e38 (finfo.min): overflows in base 2                such bias is raised to -2.3e38; see _FLOOR
     float32 bias with half inputs: its gradient is wrong                         refused
     backward, no causal mask, S % 128 == 64, lse < -88: dq NaN                   it is told that the lengths are L and S
+    backward, with that flag: a sequence without keys gets no gradients written  zeros in their place
     backward without XLA's determinism flag: dq has other bits each time         refused
+    forward of one query: lse and out have other bits each time, flag or not     refused
 """
 
 from __future__ import annotations
@@ -136,14 +138,18 @@ class Cudnn(Implementation):
         if sizes[0] is None and not call.params["causal"]:
             # told that nothing is padded, cuDNN leaves the tail of its last tile unmasked: exp(0 - lse) overflows where lse < -88
             sizes = _lengths((), request.query_len, request.batch), _lengths((), request.key_len, request.batch)
+        shift = lse
         if call.empty is not None:
             q, dout = (scores.existing_only(lse, x, request.heads_axis) for x in (q, dout))
-            lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # exp(anything - inf) = 0
+            shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # exp(anything - inf) = 0
         found = compat.cudnn_attention_backward(
-            q, k, v, call.bias, *sizes, out, lse, dout, **call.params, with_dbias="bias" in wrt
+            q, k, v, call.bias, *sizes, out, shift, dout, **call.params, with_dbias="bias" in wrt
         )  # fmt: skip
         grads: Tangents = dict(zip(("query", "key", "value", "bias"), found, strict=False))
         grads["query"] = -grads["query"] if call.negative else grads["query"]
+        if call.empty is not None:
+            grads["query"] = scores.existing_only(lse, grads["query"], request.heads_axis)
+        grads["key"], grads["value"] = (scores.seen_only(request, grads[name]) for name in ("key", "value"))
         if "bias" in wrt:  # of the bias and the mask together
             shared = tuple(i for i, (own, n) in enumerate(zip(request.bias.shape, found[3].shape, strict=True)) if own != n)
             grads["bias"] = jnp.sum(found[3].astype(jnp.float32), shared, keepdims=True).astype(request.bias.dtype)
@@ -169,7 +175,7 @@ def _device_reasons(device: Device) -> list[str]:
     elif device.architecture < ARCHITECTURE:
         reasons.append(f"cuDNN attention runs on Ampere and newer GPUs (sm80), the program is for {device}.")
     if device.cudnn is None:
-        reasons.append("cuDNN's version is not known here, or there is none; a device's name may say it, as in 'cuda:sm90:cudnn91900'.")
+        reasons.append("cuDNN's version is not known here, or there is none; a name says it, as in 'cuda:sm90:cudnn91900'.")
     elif device.cudnn < CUDNN_VERSION:
         reasons.append(f"cuDNN attention needs cuDNN {_dotted(CUDNN_VERSION)} or newer, this is {_dotted(device.cudnn)}.")
     return reasons
@@ -198,11 +204,13 @@ def _option_reasons(request: SdpaRequest) -> list[str]:
 
 def _size_reasons(request: SdpaRequest, device: Device) -> list[str]:
     E, Ev, reasons = request.head_dim, request.value_head_dim, []
+    if request.query_len == 1:  # it splits the keys among blocks that add up in the order in which they are done
+        reasons.append("cuDNN attention does not give the same bits each time for a single query.")
     wide = device.architecture is None or device.architecture[0] in WIDE
     most = 256 if wide else 128
     if any(not 0 < size <= most or size % 8 for size in (E, Ev)):
         reasons.append(f"cuDNN attention requires head dims that are multiples of 8 and at most {most}. Got {E} and {Ev}.")
-    if E != Ev and not wide:
+    if Ev != E and not wide:
         reasons.append(f"cuDNN attention requires query, key and value to have the same head dim on {device}. Got {E} and {Ev}.")
     return reasons
 
@@ -218,8 +226,8 @@ def _dense_reasons(request: SdpaRequest) -> list[str]:
     full = tuple(max(sizes) for sizes in zip(*(array.shape for array in dense), strict=True))
     if full[2:] != (L, S):
         reasons.append(
-            f"cuDNN attention requires a mask with every query and key, (…, {L}, {S}), no broadcast ones. Got (…, {full[2]}, {full[3]}); "
-            "for padding and causal masks pass the structured masks of jax_sdpa.attention.bias."
+            f"cuDNN attention requires a mask with every query and key, (…, {L}, {S}), no broadcast ones. Got (…, {full[2]}, "
+            f"{full[3]}); for padding and causal masks pass the structured masks of jax_sdpa.attention.bias."
         )
     if all(array.shape[:2] != full[:2] for array in dense):
         reasons.append(f"cuDNN attention would have to combine the mask and the bias into one array of {full}.")
@@ -239,8 +247,6 @@ def _gradient_reasons(request: SdpaRequest, device: Device) -> list[str]:
         reasons.append(f"cuDNN attention has no deterministic gradient of a float mask on {device}.")
     if request.spec.returns_lse:
         reasons.append("cuDNN attention's backward does not support a cotangent of lse.")
-    if request.query_len == request.key_len == 1:
-        reasons.append("cuDNN attention's backward does not support one query with one key.")
     if max(request.batch, request.q_heads) > GRID:
         reasons.append(f"cuDNN attention's backward supports at most {GRID} batch elements and as many heads.")
     if request.bias is not None and request.bias.dtype == jnp.bfloat16:
@@ -288,7 +294,9 @@ class _Call:
             "window": masks.window,
             "layout": "BNTH" if request.spec.layout == "BHLE" else "BTNH",
         }
-        lengths = (_lengths(masks.queries, L, B), _lengths(masks.keys, S, B)) if masks.padded else (None, None)
+        lengths: tuple[Any, Any] = (None, None)
+        if masks.padded:
+            lengths = _lengths(masks.queries, L, B), _lengths(masks.keys, S, B)
         bias, top, empty = _bias(request), None, None
         if bias is not None:
             keep = request.mask.keep(*(lax.broadcasted_iota(jnp.int32, (L, S), i) for i in (0, 1))) if request.masks else True
@@ -316,4 +324,3 @@ def _bias(request: SdpaRequest) -> Any:
         hidden = jnp.where(request.keep_mask, jnp.zeros((), request.query.dtype), -jnp.inf)
         bias = hidden if bias is None else bias + hidden
     return bias
-

@@ -8,7 +8,6 @@ The forward is the online softmax of Milakov and Gimelshein (arXiv:1805.02867) b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,10 +76,9 @@ def _by_whole_rows(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, j
             l = l * jnp.exp(tiles.first_state(shared, bq)[0] - m) if request.sinks is not None else l
             p = hold([jnp.exp(tile - m[..., None]) for tile in s])
             l = hold(l + sum(tile.sum(-1) for tile in p))
-            acc = sum(
-                tiles.products.times(tiles.drop(shared, tile, q0, a), values[:, a - lo : b - lo])
-                for tile, (a, b, _) in zip(p, ranges, strict=True)
-            )
+            acc = jnp.zeros((), chunks.dtype)
+            for tile, (a, b, _) in zip(p, ranges, strict=True):
+                acc = acc + tiles.products.times(tiles.drop(shared, tile, q0, a), values[:, a - lo : b - lo])
             return _store(chunks, c, q0, m, l, acc, carry)
 
         carry = chunks.each(body, carry)
@@ -113,7 +111,8 @@ def _by_blocks(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.A
 
             state = (*tiles.first_state(shared, bq), jnp.zeros((chunks.n, R * bq, request.value_head_dim), chunks.dtype))
             state = loop_over_keys(blocks_to_visit(shared, q0, bq, bk), step, state)
-            return _store(chunks, c, q0, *state, carry)
+            m, l, acc = state
+            return _store(chunks, c, q0, m, l, acc, carry)
 
         return loop(0, request.query_len // bq, row_block, carry)
 
@@ -124,9 +123,7 @@ def sanitised(request: SdpaRequest) -> SdpaRequest:
     """The request with zeros in place of the keys that a structured mask hides from every query."""
     if not request.masks:
         return request
-    return dataclasses.replace(
-        request, key=scores.seen_only(request, request.key), value=scores.seen_only(request, request.value)
-    )
+    return dataclasses.replace(request, key=scores.seen_only(request, request.key), value=scores.seen_only(request, request.value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,18 +142,18 @@ class Efficient(Implementation):
             return ["Memory efficient attention needs a number of heads that is a number; here it is symbolic."]
         return []
 
-    def _plan(self, request: SdpaRequest, on_cpu: Callable[[SdpaRequest], plans.Plan]) -> plans.Plan:
-        return on_cpu(request) if self.on_cpu else plans.wide_plan(request)
+    def _plan(self, request: SdpaRequest, direction: str) -> plans.Plan:
+        return plans.cpu_plan(request, direction) if self.on_cpu else plans.wide_plan(request)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
-        return attention(sanitised(request), self._plan(request, plans.forward_plan))
+        return attention(sanitised(request), self._plan(request, "forward"))
 
     def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
-        plan = dataclasses.replace(self._plan(request, plans.backward_plan), whole=False)
+        plan = dataclasses.replace(self._plan(request, "backward"), whole=False)
         return efficient_backward.tangent(sanitised(request), out, lse, tangents, plan)
 
     def backward(
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
-        plan = self._plan(request, plans.backward_plan)
+        plan = self._plan(request, "backward")
         return efficient_backward.backward(sanitised(request), out, lse, dout, dlse, wrt, plan)

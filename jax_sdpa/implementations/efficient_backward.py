@@ -247,16 +247,14 @@ def _summed(cotangent: jax.Array, operand: jax.Array) -> jax.Array:
 def tangent(request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """(dout, dlse): the same tiles, rows by keys.
 
-        ds = d(scores)        dlse = sum(p * ds)        dout = (p * ds * keep) @ v + (p * keep) @ dv - dlse * out
+    ds = d(scores)        dlse = sum(p * ds)        dout = (p * ds * keep) @ v + (p * keep) @ dv - dlse * out
     """
     dtype = scores.compute_dtype(request)
     moving = dataclasses.replace(
         request, **{name: tangents.get(name, jnp.zeros_like(getattr(request, name))) for name in ("query", "key", "value")},
         bias=tangents.get("bias"), keep_mask=None, scale=request.scale,
     )  # fmt: skip
-    moving = dataclasses.replace(
-        moving, key=scores.seen_only(request, moving.key), value=scores.seen_only(request, moving.value)
-    )
+    moving = dataclasses.replace(moving, key=scores.seen_only(request, moving.key), value=scores.seen_only(request, moving.value))
     if request.masks:
         clean = {name: scores.existing_only(lse, x.query, request.heads_axis) for name, x in (("q", request), ("dq", moving))}
         request, moving = dataclasses.replace(request, query=clean["q"]), dataclasses.replace(moving, query=clean["dq"])

@@ -27,9 +27,7 @@ class Flash(Implementation):
         if device.platform != "cuda":
             reasons.append(f"Flash attention runs on NVIDIA GPUs, the program is for {device}.")
         elif device.architecture is None:
-            reasons.append(
-                "The GPU's architecture is not known here; trace inside jax_sdpa.device.assume_device('cuda:sm90') to say which it is."
-            )
+            reasons.append("The GPU's architecture is not known here: trace inside jax_sdpa.device.assume_device('cuda:sm90').")
         elif device.architecture != ARCHITECTURE:
             reasons.append(f"Flash attention runs on Hopper GPUs (sm90), the program is for {device}.")
         if compat.JAX_VERSION < JAX_VERSION:

@@ -17,10 +17,12 @@ from jax_sdpa import compat
 from jax_sdpa.implementations.chunks import FEW_ROWS
 from jax_sdpa.request import SdpaRequest
 
-SMALL_TILE = 2 * 128 * 128  # scores of a head up to which 32 heads go together
-WHOLE_KEYS = 1024  # key length up to which a row block takes its whole range at once
+SMALL_TILE = 2 * 128 * 128  # scores of a head up to which many heads go together
+SMALL_HEADS = {"forward": 64, "backward": 32}
+FEW_ROWS_KEYS = 2**19  # elements of K in a chunk with few rows: a decode step reads K and V once, from the cache if it can
+AREA = {"forward": 2**20, "backward": 2**18}  # scores in a chunk's tile
+WHOLE_KEYS = {"forward": 1024, "backward": 2048}  # key length up to which a row block takes its whole range at once
 UNROLLED = 8  # row blocks at most in the unrolled walk: compile time
-FORWARD_AREA, BACKWARD_AREA = 2**20, 2**19  # scores in a chunk's tile: 4 MB and 2 MB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +60,25 @@ def _block(length: Any, wanted: int) -> Any:
     return divisor if 2 * divisor > wanted else wanted
 
 
-def forward_plan(request: SdpaRequest) -> Plan:
-    return _plan(request, FORWARD_AREA, backward=False)
-
-
-def backward_plan(request: SdpaRequest) -> Plan:
-    return _plan(request, BACKWARD_AREA, backward=True)
-
-
 def is_static(request: SdpaRequest) -> bool:
     """Whether the structured masks' ranges are numbers while tracing."""
     return all(isinstance(bound, int) for bound in request.mask.kv_range(0, 1, request.query_len, request.key_len))
 
 
-def _plan(request: SdpaRequest, area: int, backward: bool) -> Plan:
+def cpu_plan(request: SdpaRequest, direction: str) -> Plan:
+    """The plan of a 'forward' or 'backward' pass on a CPU."""
     L, S, R = request.query_len, request.key_len, request.group
     skips = bool(request.masks)  # something to skip: finer blocks
-    fine = max(64, (512 if skips else 1024) // R)
-    online = Plan(*_heads(request, 1), _block(L, fine), _block(S, 512 if skips else 1024))
+    online = Plan(*_heads(request, 1), _block(L, max(64, (512 if skips else 1024) // R)), _block(S, 512))
     if any(map(compat.is_symbolic, (L, S, request.batch, R))) or not is_static(request):
         return online
-    if L * R * S <= SMALL_TILE:
-        return Plan(*_heads(request, 32), L, S, whole=True)
     if L * R <= FEW_ROWS:
-        return Plan(*_heads(request, 1), L, S, whole=True)
-    block_q = max(64, (256 if skips else 512) // R)
-    if S <= WHOLE_KEYS and -(-L // block_q) <= UNROLLED:
+        return Plan(*_heads(request, FEW_ROWS_KEYS // (S * max(1, request.head_dim))), L, S, whole=True)
+    if L * R * S <= SMALL_TILE:
+        return Plan(*_heads(request, SMALL_HEADS[direction]), L, S, whole=True)
+    block_q = max(64, (256 if skips and (direction == "forward" or S <= 512) else 512) // R)
+    if S <= WHOLE_KEYS[direction] and -(-L // block_q) <= UNROLLED:
+        area = AREA[direction] // 2 if skips else AREA[direction]
         return Plan(*_heads(request, area // (block_q * R * S)), min(L, block_q), S, whole=True)
     return online
 

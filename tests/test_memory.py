@@ -1,0 +1,105 @@
+"""EFFICIENT's promise: memory O(L) for every kind of call, forward and backward, and no work for blocks that a mask empties."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_sdpa import dot_product_attention, explain, scaled_dot_product_attention
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+
+shape = jax.ShapeDtypeStruct
+
+
+def temporaries(call, *args, grad):
+    """Bytes that the compiled program holds beside its arguments and results."""
+    if grad:
+        wrt = tuple(i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating))
+        loss = lambda *args: call(*args).astype(jnp.float32).sum()
+        program = jax.jit(jax.grad(loss, wrt))
+    else:
+        program = jax.jit(call)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return program.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def calls(L, dtype=jnp.float32):
+    q, key = shape((1, 2, L, 64), dtype), jax.random.key(0)
+    ids, stops, bias = shape((1, L), jnp.int32), shape((1,), jnp.int32), shape((2, 1, L), jnp.float32)
+    swapped, sinks = shape((1, L, 2, 64), dtype), shape((2,), jnp.float32)
+    sdpa = scaled_dot_product_attention
+    return {
+        "plain": (lambda q, k, v: sdpa(q, k, v), q, q, q),
+        "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), q, q, q),
+        "window": (lambda q, k, v: sdpa(q, k, v, sliding_window(500, 0)), q, q, q),
+        "lengths": (lambda q, k, v, n: sdpa(q, k, v, causal() & KeyLengths(n)), q, q, q, stops),
+        "offsets": (lambda q, k, v, n: sdpa(q, k, v, causal(n)), q, q, q, stops),
+        "segments": (lambda q, k, v, ids: sdpa(q, k, v, SegmentIds(ids) & causal()), q, q, q, ids),
+        "bias per key": (lambda q, k, v, b: sdpa(q, k, v, b), q, q, q, bias),
+        "bool per key": (lambda q, k, v, b: sdpa(q, k, v, b > 0), q, q, q, bias),
+        "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.1, dropout_rng=key), q, q, q),
+        "grouped": (lambda q, k, v: sdpa(q, k, v, enable_gqa=True), q, shape((1, 1, L, 64), dtype), shape((1, 1, L, 64), dtype)),
+        "JAX's face, softcap and sinks": (lambda q, k, v, s: dot_product_attention(q, k, v, sinks=s, softcap=3.0, is_causal=True), swapped, swapped, swapped, sinks),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", calls(16))
+def test_temporaries_at_16k_are_under_eight_times_the_query(name, grad):
+    length = 16384
+    assert temporaries(*calls(length)[name], grad=grad) < 8 * 2 * length * 64 * 4
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", ["causal", "lengths"])
+def test_half_precision_too_in_float32s_bytes(name, grad):
+    """Accumulators are float32: the bound is 8 times the query as float32 would hold it."""
+    length = 16384
+    assert temporaries(*calls(length, jnp.bfloat16)[name], grad=grad) < 8 * 2 * length * 64 * 4
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", ["plain", "causal", "segments"])
+def test_memory_grows_linearly(name, grad):
+    small, large = (temporaries(*calls(length)[name], grad=grad) for length in (8192, 65536))
+    assert large < 8 * 1.3 * small + 2**20
+
+
+def test_a_dense_float_mask_costs_its_own_gradient_and_no_more():
+    """(L, S) is what the caller brought; beside it nothing of that size is held."""
+    length = 4096
+    q, bias = shape((1, 4, length, 64), jnp.float32), shape((length, length), jnp.float32)
+    call = lambda q, k, v, b: scaled_dot_product_attention(q, k, v, b)
+    assert temporaries(call, q, q, q, bias, grad=False) < 8 * 4 * length * 64 * 4
+    assert temporaries(call, q, q, q, bias, grad=True) < 8 * 4 * length * 64 * 4 + 1.5 * length * length * 4
+
+
+def test_the_default_on_a_cpu_never_lets_memory_grow_with_the_product_of_the_lengths():
+    """Whatever L and S: MATH's float32 scores of a default call stay under 64 MB, else EFFICIENT runs."""
+    for batch, heads, L, S in ((1, 1, 2**14, 2**14), (64, 16, 2**7, 2**7), (1, 1, 2**20, 64), (1, 1, 64, 2**20), (2**14, 16, 8, 8), (1, 1, 2, 2**24)):
+        q, k = shape((batch, heads, L, 8), jnp.float32), shape((batch, heads, S, 8), jnp.float32)
+        if explain(q, k, k, device="cpu").backend is SDPBackend.MATH:
+            assert batch * heads * L * S * 4 <= 2**26
+
+
+def test_empty_blocks_are_skipped_not_computed_and_thrown_away():
+    """Time of causal, of a window, and of short traced lengths, beside full attention: the least of several runs of each."""
+    length = 4096
+    q = jax.random.normal(jax.random.key(0), (1, 1, length, 64))
+    kinds = {
+        "full": None, "causal": causal(), "window": sliding_window(256, 0), "short": KeyLengths(jnp.array([500])),
+        "segments": SegmentIds(jnp.arange(length) // 512),
+    }  # fmt: skip
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        programs = {name: jax.jit(lambda q, mask: scaled_dot_product_attention(q, q, q, mask)).lower(q, mask).compile() for name, mask in kinds.items()}
+    best = dict.fromkeys(kinds, float("inf"))
+    for _ in range(7):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program(q, kinds[name]).block_until_ready()
+            best[name] = min(best[name], time.perf_counter() - start)
+    share = {name: seconds / best["full"] for name, seconds in best.items()}
+    assert share["causal"] < 0.8, share
+    assert max(share["window"], share["short"], share["segments"]) < 0.5, share

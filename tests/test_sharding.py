@@ -1,0 +1,143 @@
+"""8 virtual devices: under plain jit, batch and heads stay sharded and nothing is gathered; in shard_map, both ways of checking."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import make
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_sdpa import dot_product_attention, scaled_dot_product_attention
+from jax_sdpa.attention import sdpa_kernel
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal
+
+pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 (virtual) CPU devices")
+
+MOVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("batch", "heads"))
+
+
+def collectives(compiled):
+    return re.findall(rf"\b({'|'.join(MOVES)})(?:-start)?\(", compiled.as_text())
+
+
+SPECS = {"batch": P("batch"), "heads": P(None, "heads"), "batch and heads": P("batch", "heads")}
+CALLS = {
+    "plain": {},
+    "causal, grouped": {"Hk": 2, "mask": lambda L, S: causal()},
+    "lengths": {"mask": lambda L, S: causal() & KeyLengths(jnp.array([S, 5, 0, 200]))},
+    "segments": {"mask": lambda L, S: SegmentIds(jnp.arange(L) // 100 * jnp.ones((4, 1), int), jnp.arange(S) // 90 * jnp.ones((4, 1), int))},
+    "dropout": {"dropout_p": 0.3},
+    "long": {"L": 600, "S": 1100, "mask": lambda L, S: causal(500)},
+}
+
+
+@pytest.mark.parametrize("sharded", SPECS)
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_jit_keeps_the_sharding_and_gathers_nothing(name, sharded, backend, mesh):
+    options = dict(CALLS[name])
+    L, S, Hk = options.pop("L", 130), options.pop("S", 270), options.pop("Hk", 4)
+    mask = options.pop("mask", lambda L, S: None)(L, S)
+    if "dropout_p" in options:
+        options["dropout_rng"] = jax.random.key(0)
+    problem = make(L, S, B=4, Hq=4, Hk=Hk)
+    given = [jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key, problem.value, problem.dout)]
+
+    def step(q, k, v, dout):
+        out, pullback = jax.vjp(lambda *a: scaled_dot_product_attention(*a, mask, enable_gqa=True, **options), q, k, v)
+        return out, *pullback(dout)
+
+    sharding = NamedSharding(mesh, SPECS[sharded])
+    with sdpa_kernel(backend):
+        wanted = jax.jit(step)(*given)
+        placed = [jax.device_put(x, sharding) for x in given]
+        compiled = jax.jit(step).lower(*placed).compile()
+        got = compiled(*placed)
+    assert not collectives(compiled), "forward and backward of sharded batch and heads need no communication"
+    for x, y in zip(got, wanted, strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim), x.sharding
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_jaxs_layout_and_a_bias_gradient_that_must_be_summed(backend, mesh):
+    """A bias that is shared by the batch: its gradient is one all-reduce, and still nothing is gathered."""
+    problem = make(130, 270, B=4, Hq=4, Hk=2)
+    q, k, v = (jnp.asarray(np.swapaxes(x, 1, 2), jnp.float32) for x in (problem.query, problem.key, problem.value))
+    bias = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 270)), jnp.float32)
+    step = jax.value_and_grad(lambda q, k, v, b: jnp.sin(dot_product_attention(q, k, v, b, is_causal=True)).sum(), (0, 1, 2, 3))
+    sharding = NamedSharding(mesh, P("batch", None, "heads"))
+    with sdpa_kernel(backend):
+        wanted = jax.jit(step)(q, k, v, bias)
+        placed = [jax.device_put(x, sharding) for x in (q, k, v)] + [jax.device_put(bias, NamedSharding(mesh, P("heads")))]
+        compiled = jax.jit(step).lower(*placed).compile()
+        got = compiled(*placed)
+    assert set(collectives(compiled)) == {"all-reduce"}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)
+    assert got[1][0].sharding.is_equivalent_to(sharding, 4)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma, backend, mesh):
+    """Manual axes: values, and gradients of sharded and of replicated operands (whose cotangents are summed over the mesh)."""
+    problem = make(9, 12, B=4, Hq=4)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key, problem.value))
+    bias, stops = jnp.asarray(np.random.default_rng(0).standard_normal((1, 12)), jnp.float32), jnp.array([12, 3, 0, 7])
+
+    def attend(q, k, v, bias, stops):
+        return scaled_dot_product_attention(q, k, v, KeyLengths(stops) & causal() & bias)
+
+    spec = P("batch", "heads")
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, P(), P("batch")), out_specs=spec, check_vma=check_vma)
+    loss = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sin(f(*a, stops)).sum(), (0, 1, 2, 3)))
+    with sdpa_kernel(backend):
+        got, wanted = loss(mapped)(q, k, v, bias), loss(attend)(q, k, v, bias)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_and_jvp_inside_of_shard_map(check_vma, backend, mesh):
+    problem = make(9, 12, B=4, Hq=4)
+    q, k = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key))
+
+    def inside(q, k):
+        f = lambda q, k: jnp.sin(scaled_dot_product_attention(q, k, k, causal())).sum()
+        return jax.grad(f)(q, k), jax.jvp(lambda q: scaled_dot_product_attention(q, k, k), (q,), (q,))[1]
+
+    spec = P("batch", "heads")
+    with sdpa_kernel(backend):
+        got = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=check_vma))(q, k)
+        wanted = jax.jit(inside)(q, k)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)
+
+
+def test_dropout_bits_do_not_hang_on_the_sharding(backend, mesh):
+    q = jnp.asarray(make(40, 40, B=4, Hq=4).query, jnp.float32)
+    eye = jnp.broadcast_to(jnp.eye(40), (4, 4, 40, 40))
+    f = jax.jit(lambda q, v: scaled_dot_product_attention(q, q, v, dropout_p=0.5, dropout_rng=jax.random.key(3)) == 0)
+    with sdpa_kernel(backend):
+        wanted = f(q, eye)
+        for spec in SPECS.values():
+            sharding = NamedSharding(mesh, spec)
+            np.testing.assert_array_equal(f(jax.device_put(q, sharding), jax.device_put(eye, sharding)), wanted)
+
+
+def test_a_mesh_in_context_with_explicit_axes(backend):
+    """Sharding in types: the output is typed as the query is."""
+    from jax.sharding import AxisType
+
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices("cpu")[:8])
+    q = jnp.asarray(make(9, 9, B=4, Hq=4).query, jnp.float32)
+    with sdpa_kernel(backend), jax.set_mesh(mesh):
+        placed = jax.device_put(q, NamedSharding(mesh, P("batch", "heads")))
+        f = jax.jit(jax.value_and_grad(lambda q: jnp.sin(scaled_dot_product_attention(q, q, q, is_causal=True)).sum()))
+        got = f(placed)
+    with sdpa_kernel(backend):
+        wanted = f(q)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=2e-5), got, wanted)
