@@ -15,7 +15,6 @@ import sys
 
 import jax
 
-import jax_sdpa  # noqa: F401
 from benchmarks import peers, timing
 from benchmarks.cases import CPU_CASES, CPU_DTYPES
 from jax_sdpa.attention import SDPBackend
@@ -27,9 +26,9 @@ def machine() -> dict[str, object]:
     """Date, versions, processor and threads: what a figure is worth nothing without."""
     import torch
 
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
+    info = pathlib.Path("/proc/cpuinfo")
+    described = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in described if line.startswith("model name")), platform.processor())
     return {
         "date": datetime.date.today().isoformat(), "processor": model, "torch capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version(),

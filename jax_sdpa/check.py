@@ -244,8 +244,8 @@ def torch_request(
         if mask is not None:
             raise ValueError(
                 "Explicit attn_mask should not be set when is_causal=True. To combine them, pass "
-                "attn_mask=causal_upper_left(L, S) & mask (torch's is_causal) or causal_lower_right(L, S) & mask (queries at the end "
-                "of a KV cache), from jax_sdpa.attention.bias."
+                "attn_mask=causal_upper_left(L, S) & mask (torch's is_causal) or causal_lower_right(L, S) & mask (queries at the "
+                "end of a KV cache), from jax_sdpa.attention.bias."
             )
         mask = causal()
     if _flag(enable_gqa, "enable_gqa") and min(q.ndim, k.ndim, v.ndim) < 3:

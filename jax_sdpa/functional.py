@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_sdpa import check, dispatch, primitive
+from jax_sdpa import attention, check, dispatch, primitive
 from jax_sdpa import device as devices
+from jax_sdpa.attention import SDPBackend
 from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
 
 
@@ -21,6 +23,10 @@ def _attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
             lse = jnp.logaddexp(lse, request.sinks[:, :, None].astype(lse.dtype))
         return jnp.zeros(request.out_shape, request.query.dtype), lse
     dispatch.check_viable(request, devices.imaginable())
+    if attention.WARN_FOR_UNFUSED_KERNELS and request.masks:
+        choice = dispatch.choose(request, devices.default())
+        if choice.backend is SDPBackend.MATH:
+            warnings.warn("MATH materialises the structured mask as an L x S array.", UserWarning, stacklevel=3)
     return primitive.attend(request)
 
 

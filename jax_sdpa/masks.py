@@ -131,7 +131,8 @@ class Mask:
         lo, hi = self.kv_range(0, L, L, S)
         if isinstance(lo, int) and isinstance(hi, int) and (lo, hi) == (0, S):
             return None
-        k_idx = jnp.arange(S)
+        rank = max(jnp.ndim(bound) for bound in (lo, hi))
+        k_idx = jnp.arange(S).reshape((1,) * rank + (-1,))  # ranks match: numpy_rank_promotion may be forbidden
         lo, hi = (bound if isinstance(bound, int) or bound.ndim == 0 else bound[..., None] for bound in (lo, hi))
         return (k_idx >= lo) & (k_idx < hi)
 

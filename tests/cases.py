@@ -29,7 +29,20 @@ from jax_sdpa.attention.bias import (
 Case = tuple[Problem, Mask | None, dict[str, Any]]
 rng = np.random.default_rng(7)
 
-SIZES = [(1, 1), (1, 7), (7, 1), (1, 300), (127, 129), (128, 128), (129, 127), (256, 255), (257, 513), (512, 256), (511, 257), (640, 1)]
+SIZES = [
+    (1, 1),
+    (1, 7),
+    (7, 1),
+    (1, 300),
+    (127, 129),
+    (128, 128),
+    (129, 127),
+    (256, 255),
+    (257, 513),
+    (512, 256),
+    (511, 257),
+    (640, 1),
+]
 """(L, S) around blocks of 64, 128, 256 and 512."""
 
 
@@ -85,7 +98,12 @@ def _everything(face: str) -> Case:
     ids_q, ids_k = rng.integers(0, 2, (B, L)), rng.integers(-1, 2, (B, S))
     stops, dense = np.array([201, 0]), rng.random((B, 1, 1, S)) < 0.8
     keep = band(L, S, -1, 0, 100) & band(L, S, 60, 2, 90) & lengths(L, S, stops) & same_segment(ids_q, ids_k) & dense
-    mask = causal(100) & sliding_window(60, 2, 90) & KeyLengths(jnp.asarray(stops)) & SegmentIds(jnp.asarray(ids_q), jnp.asarray(ids_k))
+    mask = (
+        causal(100)
+        & sliding_window(60, 2, 90)
+        & KeyLengths(jnp.asarray(stops))
+        & SegmentIds(jnp.asarray(ids_q), jnp.asarray(ids_k))
+    )
     extra = {"softcap": 2.0, "sinks": rng.standard_normal(Hq), "dlse": True} if face == "jax" else {"scale": np.array(0.7)}
     problem = make(L, S, B=B, Hq=Hq, Hk=2, keep=keep, bias=rng.standard_normal((Hq, L, 1)).astype(np.float32), **extra)
     return problem, mask & Dense(jnp.asarray(dense)), {"face": face}

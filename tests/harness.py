@@ -35,10 +35,11 @@ def make(
     Hk = Hq if Hk is None else Hk
     Hv = Hk if Hv is None else Hv
     Ev = E if Ev is None else Ev
-    draw = lambda *shape: rng.standard_normal((*batch, *shape))
-    return Problem(
-        draw(Hq, L, E), draw(Hk, S, E), draw(Hv, S, Ev), draw(Hq, L, Ev), dlse=draw(Hq, L) if dlse else None, **options
-    )
+
+    def draw(*shape):
+        return rng.standard_normal((*batch, *shape))
+
+    return Problem(draw(Hq, L, E), draw(Hk, S, E), draw(Hv, S, Ev), draw(Hq, L, Ev), dlse=draw(Hq, L) if dlse else None, **options)
 
 
 @functools.cache
@@ -47,7 +48,11 @@ def _program(face: str, scale: float | None, softcap: float | None, static: tupl
 
     def attend(given: dict[str, jax.Array], mask: Mask | None, options: dict[str, Any]) -> Any:
         q, k, v = given["query"], given["key"], given["value"]
-        bias, sinks, options = given.get("bias"), given.get("sinks"), {"scale": given.get("scale", scale), **dict(static), **options}
+        bias, sinks, options = (
+            given.get("bias"),
+            given.get("sinks"),
+            {"scale": given.get("scale", scale), **dict(static), **options},
+        )
         if face == "torch":
             both = mask if bias is None else bias if mask is None else mask & bias
             gqa = q.ndim > 2 and len({q.shape[-3], k.shape[-3], v.shape[-3]}) > 1

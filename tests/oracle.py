@@ -66,7 +66,10 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     The cotangents that are sums over the call come with 'size of' them, the root of the sum of squares of what is summed.
     rounded_to: go backward from out rounded to this dtype and from lse alone, as every backend does that keeps (out, lse).
     """
-    cast = lambda x: None if x is None else np.asarray(x).astype(dtype)
+
+    def cast(x):
+        return None if x is None else np.asarray(x).astype(dtype)
+
     q, k, v, dout = (cast(x) for x in (problem.query, problem.key, problem.value, problem.dout))
     bias, sinks, survivors = cast(problem.bias), cast(problem.sinks), cast(problem.survivors)
     scale = dtype(1 / np.sqrt(EXACT(q.shape[-1])) if problem.scale is None else problem.scale)
@@ -77,7 +80,8 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     V = np.repeat(v, q.shape[-3] // Hv if Hv > 1 else 1, axis=-3)
 
     products = q @ np.swapaxes(K, -1, -2)
-    s = scale * products
+    root = np.sqrt(np.abs(scale))
+    s = (q * (np.sign(scale) * root)) @ np.swapaxes(K * root, -1, -2)  # as torch's MATH splits it
     slope = np.ones((), dtype)
     if problem.softcap is not None:
         t = np.tanh(s / dtype(problem.softcap))
@@ -112,7 +116,7 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     if problem.dlse is not None:
         row = row - cast(problem.dlse)[..., None]
     ds = p * (dp - row)
-    answer = {"out": out, "lse": lse}
+    answer = {"out": out, "lse": lse, "largest score": np.abs(s[np.isfinite(s)]).max(initial=0)}
     summed = {}
     if bias is not None:
         summed["bias"] = ds, lambda x: _sum_to(x, bias.shape)
@@ -131,12 +135,12 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     return answer
 
 
-def assert_as_good(got: Any, exact: Any, honest: Any, what: str = "", size: Any = 0) -> None:
+def assert_as_good(got: Any, exact: Any, honest: Any, what: str = "", size: Any = 0, score: Any = 0) -> None:
     """The tolerance rule, the only one: at most 3 times the error of an honest implementation of the same precision.
 
     The floor, for results that the honest one happens to hit: one rounding to got's dtype, and 8 ulp of the dtype that half
-    precision is computed in. Errors are measured against the largest entry, or `size` where a result is a sum of larger terms;
-    NaN and infinity must be where they belong.
+    precision is computed in, or as many ulp as the largest score is large (exp makes that of its rounding). Errors are measured
+    against the largest entry, or `size` where a result is a sum of larger terms; NaN and infinity must be where they belong.
     """
     dtype = got.dtype
     honest = np.asarray(honest).astype(dtype).astype(EXACT)
@@ -148,7 +152,8 @@ def assert_as_good(got: Any, exact: Any, honest: Any, what: str = "", size: Any 
         return
     got, exact, honest = got[finite], exact[finite], honest[finite]
     largest = np.abs(exact).max()
-    floor = largest * float(jnp.finfo(dtype).eps) / 2 + 8 * float(np.finfo(compute_dtype(dtype)).eps) * max(largest, size)
+    ulps = max(8, score) * float(np.finfo(compute_dtype(dtype)).eps)
+    floor = largest * float(jnp.finfo(dtype).eps) / 2 + ulps * max(largest, size)
     error, allowed = np.abs(got - exact).max(), 3 * np.abs(honest - exact).max() + floor
     assert error <= allowed, f"{what}: error {error:.3g} of {largest:.3g}, allowed {allowed:.3g}"  # NaN fails too
 
@@ -158,7 +163,7 @@ def check(problem: Problem, got: dict[str, Any], *, names: tuple[str, ...] | Non
     dtype = got["out"].dtype
     exact, honest = solve(problem), solve(problem, compute_dtype(dtype), rounded_to=dtype)
     for name in names or got:
-        assert_as_good(got[name], exact[name], honest[name], name, exact.get("size of " + name, 0))
+        assert_as_good(got[name], exact[name], honest[name], name, exact.get("size of " + name, 0), exact["largest score"])
 
 
 # --- masks as NumPy pictures, written without looking at jax_sdpa.masks
@@ -192,7 +197,9 @@ def same_segment(query_ids: Any, key_ids: Any) -> Array:
 # --- torch
 
 
-def on_torch(problem: Problem, dtype: str, *, is_causal: bool = False, mask: Any = None, enable_gqa: bool = False) -> dict[str, Array]:
+def on_torch(
+    problem: Problem, dtype: str, *, is_causal: bool = False, mask: Any = None, enable_gqa: bool = False
+) -> dict[str, Array]:
     """{'out' and the gradients} of torch's MATH in `dtype` ('float64', 'bfloat16', ...), as float64 NumPy arrays.
 
     mask: what goes to attn_mask, a bool or float NumPy array; default: the problem's bias or keep.
@@ -203,7 +210,10 @@ def on_torch(problem: Problem, dtype: str, *, is_causal: bool = False, mask: Any
     if problem.softcap is not None or problem.sinks is not None or problem.survivors is not None or problem.dlse is not None:
         raise ValueError("torch's function has none of these")
     wanted = getattr(torch, dtype)
-    tensor = lambda x, dtype: torch.tensor(np.asarray(x).astype(np.float64), dtype=dtype, requires_grad=True)
+
+    def tensor(x, dtype):
+        return torch.tensor(np.asarray(x).astype(np.float64), dtype=dtype, requires_grad=True)
+
     q, k, v = (tensor(x, wanted) for x in (problem.query, problem.key, problem.value))
     mask = mask if mask is not None else problem.bias if problem.bias is not None else problem.keep
     is_float = mask is not None and np.asarray(mask).dtype != bool

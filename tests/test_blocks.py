@@ -76,7 +76,17 @@ def test_chunks_of_batch_and_heads(nb, nh, blocks):
     blocks(16, 32, nb=nb, nh=nh)
     rng = np.random.default_rng(0)
     offsets = np.array([40, 3, -9, 60])
-    problem = make(40, 70, B=4, Hq=8, Hk=4, keep=band(40, 70, 20, 0, offsets), bias=rng.standard_normal((4, 8, 1, 70)), sinks=rng.standard_normal(8), dlse=True)
+    problem = make(
+        40,
+        70,
+        B=4,
+        Hq=8,
+        Hk=4,
+        keep=band(40, 70, 20, 0, offsets),
+        bias=rng.standard_normal((4, 8, 1, 70)),
+        sinks=rng.standard_normal(8),
+        dlse=True,
+    )
     problem = problem.rounded(np.float32)
     check(problem, on_jax(problem, EFFICIENT, mask=sliding_window(20, 0, jnp.asarray(offsets)), face="jax"))
 
@@ -107,4 +117,3 @@ def test_long_calls_under_the_real_plan(name):
     problem, mask = LONG[name]
     problem = problem.rounded(np.float32)
     check(problem, on_jax(problem, EFFICIENT, mask=mask, face="jax"))
-

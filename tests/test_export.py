@@ -12,7 +12,12 @@ from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal
 from jax_sdpa.device import assume_device
 
 rng = np.random.default_rng(0)
-normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
 sdpa = scaled_dot_product_attention
 
 
@@ -24,7 +29,9 @@ def _quiet(recwarn):
 
 
 def train(q, k, v, stops):
-    loss = lambda q, k, v: jnp.sin(sdpa(q, k, v, KeyLengths(stops) & causal())).sum()
+    def loss(q, k, v):
+        return jnp.sin(sdpa(q, k, v, KeyLengths(stops) & causal())).sum()
+
     return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
 
@@ -52,18 +59,29 @@ def symbolic(text, dtype=jnp.float32, scope=None):
 def test_symbolic_batch_and_lengths(backend):
     """Forward and gradients at several sizes out of one artefact, structured masks and a dense one included."""
     scope = export.SymbolicScope()
-    shape = lambda text, dtype=jnp.float32: symbolic(text, dtype, scope)
+
+    def shape(text, dtype=jnp.float32):
+        return symbolic(text, dtype, scope)
+
     args = (shape("b, 2, l, 8"), shape("b, 2, s, 8"), shape("b, 2, s, 8"), shape("b", jnp.int32), shape("1, s"))
 
     def call(q, k, v, stops, bias):
-        loss = lambda q, k, v: jnp.sin(sdpa(q, k, v, KeyLengths(stops) & sliding_window(200, 3) & bias)).sum()
+        def loss(q, k, v):
+            return jnp.sin(sdpa(q, k, v, KeyLengths(stops) & sliding_window(200, 3) & bias)).sum()
+
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
     with sdpa_kernel(backend):
         exported = export.export(jax.jit(call))(*args)
         again = export.deserialize(exported.serialize())
         for b, l, s in ((1, 1, 1), (2, 7, 300), (3, 600, 5)):
-            given = (normal(b, 2, l, 8), normal(b, 2, s, 8), normal(b, 2, s, 8), jnp.arange(b, dtype=jnp.int32) + s // 2, normal(1, s))
+            given = (
+                normal(b, 2, l, 8),
+                normal(b, 2, s, 8),
+                normal(b, 2, s, 8),
+                jnp.arange(b, dtype=jnp.int32) + s // 2,
+                normal(1, s),
+            )
             got, wanted = again.call(*given), jax.jit(call)(*given)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)
 
@@ -88,7 +106,9 @@ def test_symbolic_length_of_every_kind(kind, backend):
         exported = export.export(jax.jit(call))(q, k, ids)
         for n in (1, 150):
             given = normal(2, 4, n, 8), normal(2, 2, n, 8), jnp.asarray(np.sort(rng.integers(0, 3, (2, n))), jnp.int32)
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), exported.call(*given), jax.jit(call)(*given))
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), exported.call(*given), jax.jit(call)(*given)
+            )
 
 
 def test_a_symbolic_length_counts_as_long_and_is_refused_with_a_reason():

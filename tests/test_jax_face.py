@@ -15,7 +15,12 @@ from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
 
 rng = np.random.default_rng(0)
 B, L, S, N, K, H = 2, 9, 12, 4, 2, 8
-normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
 QUERY, KEY, VALUE = normal(B, L, N, H), normal(B, S, K, H), normal(B, S, K, H)
 BIAS, MASK = normal(1, N, L, S), jnp.asarray(rng.random((B, 1, L, S)) < 0.7).at[..., 0].set(True)
 
@@ -66,17 +71,21 @@ def test_our_arguments_are_jax_nns_and_more():
     assert list(ours)[:5] == list(theirs)[:5]
     assert set(theirs) <= set(ours)
     for name, parameter in theirs.items():
-        assert ours[name].kind == parameter.kind and ours[name].default == parameter.default, name
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
 
 
 def test_three_dims(backend):
     with sdpa_kernel(backend):
         got = dot_product_attention(QUERY[0], KEY[0], VALUE[0], BIAS[0], MASK[0], is_causal=True)
-    np.testing.assert_allclose(got, jax.nn.dot_product_attention(QUERY[0], KEY[0], VALUE[0], BIAS[0], MASK[0], is_causal=True), atol=2e-6)
+    np.testing.assert_allclose(
+        got, jax.nn.dot_product_attention(QUERY[0], KEY[0], VALUE[0], BIAS[0], MASK[0], is_causal=True), atol=2e-6
+    )
 
 
 def test_both_faces_are_one_engine(backend):
-    head_first = lambda x: jnp.swapaxes(x, 1, 2)
+    def head_first(x):
+        return jnp.swapaxes(x, 1, 2)
+
     with sdpa_kernel(backend):
         one = dot_product_attention(QUERY, KEY, VALUE, mask=MASK & sliding_window(6, 6))
         other = scaled_dot_product_attention(*map(head_first, (QUERY, KEY, VALUE)), MASK & sliding_window(6, 6), enable_gqa=True)
@@ -86,7 +95,10 @@ def test_both_faces_are_one_engine(backend):
 def test_empty_rows_give_zero_not_the_mean_of_the_values(backend):
     with sdpa_kernel(backend):
         out, lse = dot_product_attention(QUERY, KEY, VALUE, key_value_seq_lengths=jnp.array([0, 5]), return_residual=True)
-    assert not out[0].any() and out[1].any() and jnp.isneginf(lse[0]).all() and jnp.isfinite(lse[1]).all()
+    assert not out[0].any()
+    assert out[1].any()
+    assert jnp.isneginf(lse[0]).all()
+    assert jnp.isfinite(lse[1]).all()
 
 
 # --- lse
@@ -97,7 +109,9 @@ def test_lse_is_float32_natural_logarithm_and_not_rounded(dtype, backend):
     q, k, v = (x.astype(dtype) for x in (QUERY, KEY, VALUE))
     with sdpa_kernel(backend):
         out, lse = dot_product_attention(q, k, v, is_causal=True, return_residual=True)
-    assert out.dtype == dtype and lse.dtype == jnp.float32 and lse.shape == (B, L, N)
+    assert out.dtype == dtype
+    assert lse.dtype == jnp.float32
+    assert lse.shape == (B, L, N)
     s = np.einsum("blnh,bsnh->blns", *(np.asarray(x, np.float64) for x in (q, jnp.repeat(k, 2, 2)))) / np.sqrt(H)
     s = np.where(np.arange(S) <= np.arange(L)[:, None, None], s, -np.inf)
     np.testing.assert_allclose(lse, np.log(np.exp(s).sum(-1)), rtol=1e-6, atol=1e-6)
@@ -132,17 +146,20 @@ def test_splitting_the_keys_and_merging_by_lse_is_differentiable(backend):
         return (weights * jnp.stack([part[0] for part in parts])).sum(0)
 
     with sdpa_kernel(backend):
-        for f in (whole, merged):
-            out = jax.jit(jax.value_and_grad(lambda q, k, v, f=f: jnp.sin(f(q, k, v)).sum(), (0, 1, 2)))(QUERY, KEY, VALUE)
-            expected = out if f is whole else expected
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-6), out, expected)
+        wanted, got = (
+            jax.jit(jax.value_and_grad(lambda q, k, v, f=f: jnp.sin(f(q, k, v)).sum(), (0, 1, 2)))(QUERY, KEY, VALUE)
+            for f in (whole, merged)
+        )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-6), got, wanted)
 
 
 # --- beyond jax.nn
 
 
 def test_softcap_comes_after_the_scale_and_before_bias_and_masks(backend):
-    problem = make(L, S, softcap=0.5, scale=2.0, bias=rng.standard_normal((2, 1, 1, S)), keep=band(L, S, -1, 0, 3), dlse=True).rounded(np.float32)
+    problem = make(
+        L, S, softcap=0.5, scale=2.0, bias=rng.standard_normal((2, 1, 1, S)), keep=band(L, S, -1, 0, 3), dlse=True
+    ).rounded(np.float32)
     got, exact = on_jax(problem, backend, mask=causal(3), face="jax"), solve(problem)
     for name, x in got.items():
         np.testing.assert_allclose(x, exact[name].astype(float), atol=1e-5, err_msg=name)
@@ -150,7 +167,13 @@ def test_softcap_comes_after_the_scale_and_before_bias_and_masks(backend):
 
 def test_a_sink_is_one_more_logit_without_a_value(backend):
     sinks = normal(N)
-    logits = jnp.concatenate([jnp.einsum("blnh,bsnh->bnls", QUERY, jnp.repeat(KEY, 2, 2)) / np.sqrt(H), jnp.broadcast_to(sinks[:, None, None], (B, N, L, 1))], -1)
+    logits = jnp.concatenate(
+        [
+            jnp.einsum("blnh,bsnh->bnls", QUERY, jnp.repeat(KEY, 2, 2)) / np.sqrt(H),
+            jnp.broadcast_to(sinks[:, None, None], (B, N, L, 1)),
+        ],
+        -1,
+    )
     expected = jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(logits)[..., :-1], jnp.repeat(VALUE, 2, 2))
     with sdpa_kernel(backend):
         out, lse = dot_product_attention(QUERY, KEY, VALUE, sinks=sinks, return_residual=True)
@@ -158,12 +181,17 @@ def test_a_sink_is_one_more_logit_without_a_value(backend):
     np.testing.assert_allclose(jnp.swapaxes(lse, 1, 2), jax.nn.logsumexp(logits, -1), atol=2e-6)
 
 
-@pytest.mark.parametrize("shapes", [((L, N, H), (S, K, H), (S, K, 5)), ((3, 2, L, N, H), (3, 1, S, K, H), (1, 2, S, K, 17))], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [((L, N, H), (S, K, H), (S, K, 5)), ((3, 2, L, N, H), (3, 1, S, K, H), (1, 2, S, K, 17))], ids=str
+)
 def test_any_leading_dims_and_value_head_dim(shapes, backend):
     q, k, v = (normal(*shape) for shape in shapes)
     with sdpa_kernel(backend):
         out, lse = dot_product_attention(q, k, v, is_causal=True, return_residual=True)
-        head_first = lambda x: jnp.swapaxes(x, -2, -3)
+
+        def head_first(x):
+            return jnp.swapaxes(x, -2, -3)
+
         expected = scaled_dot_product_attention(*map(head_first, (q, k, v)), is_causal=True, enable_gqa=True)
     assert lse.shape == out.shape[:-1]
     np.testing.assert_allclose(out, head_first(expected), atol=2e-6)
@@ -173,7 +201,9 @@ def test_windows_are_inclusive_and_minus_one_is_unlimited(backend):
     with sdpa_kernel(backend):
         for window in ((2, 0), (0, 0), (-1, 1), (3, -1)):
             out = dot_product_attention(QUERY, KEY, VALUE, local_window_size=window)
-            np.testing.assert_allclose(out, dot_product_attention(QUERY, KEY, VALUE, mask=jnp.asarray(band(L, S, *window))), atol=2e-6)
+            np.testing.assert_allclose(
+                out, dot_product_attention(QUERY, KEY, VALUE, mask=jnp.asarray(band(L, S, *window))), atol=2e-6
+            )
 
 
 def test_structured_masks_go_to_mask_and_combine(backend):
@@ -196,15 +226,20 @@ def test_no_transposes_to_get_there(backend):
 
 
 def test_implementation_names_backends():
-    which = lambda **options: explain(QUERY, KEY, VALUE, call=dot_product_attention, **options)
+    def which(**options):
+        return explain(QUERY, KEY, VALUE, call=dot_product_attention, **options)
+
     assert which(implementation="xla", device="cpu").backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     rejected = which(implementation="xla", device="cuda:sm90").rejected
-    assert "disabled" in rejected[SDPBackend.CUDNN_ATTENTION][0] and "disabled" in rejected[SDPBackend.FLASH_ATTENTION][0]
+    assert "disabled" in rejected[SDPBackend.CUDNN_ATTENTION][0]
+    assert "disabled" in rejected[SDPBackend.FLASH_ATTENTION][0]
     assert which(implementation="cudnn", device="cpu").backend is None
     assert which(implementation=None, device="cpu").backend is not None
     with sdpa_kernel(SDPBackend.MATH):
         assert which(implementation="xla").backend is SDPBackend.MATH
-        with pytest.raises(ValueError, match=r"implementation='cudnn' conflicts with the surrounding sdpa_kernel, which allows only \['MATH'\]"):
+        with pytest.raises(
+            ValueError, match=r"implementation='cudnn' conflicts with the surrounding sdpa_kernel, which allows only \['MATH'\]"
+        ):
             dot_product_attention(QUERY, KEY, VALUE, implementation="cudnn")
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]), pytest.raises(ValueError, match="'xla' conflicts"):
         dot_product_attention(QUERY, KEY, VALUE, implementation="xla")

@@ -54,7 +54,10 @@ PICTURES = {
     "query length": (QueryLengths(1), "1 1 1\n0 0 0"),
     "dense": (Dense(jnp.array([[True, False, True]])), "1 0 1"),
     "causal & window": (causal() & sliding_window(1, -1), "1 0 0 0\n1 1 0 0\n0 1 1 0\n0 0 1 1"),
-    "causal & segments & lengths": (causal() & SegmentIds(jnp.array([0, 0, 1, 1])) & KeyLengths(3), "1 0 0 0\n1 1 0 0\n0 0 1 0\n0 0 1 0"),
+    "causal & segments & lengths": (
+        causal() & SegmentIds(jnp.array([0, 0, 1, 1])) & KeyLengths(3),
+        "1 0 0 0\n1 1 0 0\n0 0 1 0\n0 0 1 0",
+    ),
     "dense & causal": (jnp.array([[True, True, False]]) & causal(), "1 0 0\n1 1 0\n1 1 0"),
     "numpy array & causal": (np.array([[True, True, False]]) & causal(), "1 0 0\n1 1 0\n1 1 0"),
     "nothing at all": (EVERYTHING, "1 1\n1 1\n1 1"),
@@ -76,14 +79,18 @@ def test_batch_dims_put_a_heads_dim_behind_them():
     np.testing.assert_array_equal(causal(offsets).materialise(3, 3), band(3, 3, -1, 0, offsets))
     np.testing.assert_array_equal(SegmentIds(ids).materialise(3, 3), same_segment(ids, ids))
     both = causal(offsets) & KeyLengths(stops) & SegmentIds(ids)
-    np.testing.assert_array_equal(both.materialise(3, 3), band(3, 3, -1, 0, offsets) & lengths(3, 3, stops) & same_segment(ids, ids))
+    np.testing.assert_array_equal(
+        both.materialise(3, 3), band(3, 3, -1, 0, offsets) & lengths(3, 3, stops) & same_segment(ids, ids)
+    )
 
 
 def test_and_is_the_conjunction_and_keeps_order():
     a, b, c = causal(), KeyLengths(2), Dense(jnp.ones((1, 3), bool))
-    assert isinstance(a & b, And) and (a & b & c).parts(3, 3) == (a, b, c)
+    assert isinstance(a & b, And)
+    assert (a & b & c).parts(3, 3) == (a, b, c)
     assert [type(part) for part in ((a & b) & (c & causal_lower_right(3, 3))).parts(3, 3)] == [Band, KeyLengths, Dense, Band]
-    assert conjunction(()) is EVERYTHING and conjunction((a,)) is a
+    assert conjunction(()) is EVERYTHING
+    assert conjunction((a,)) is a
 
 
 # --- the ranges: what a blockwise backend skips and what it does not mask
@@ -104,7 +111,10 @@ def draw_mask(draw, L, S):
     if kind == "query lengths":
         return QueryLengths(draw(place))
     if kind == "segments":
-        ids = lambda n: jnp.asarray(draw(st.lists(ints(-1, 3), min_size=n, max_size=n)), jnp.int32)
+
+        def ids(n):
+            return jnp.asarray(draw(st.lists(ints(-1, 3), min_size=n, max_size=n)), jnp.int32)
+
         return SegmentIds(ids(L), ids(S))
     if kind == "causal bias":
         return CausalBias(draw(st.sampled_from(CausalVariant)), L, S)
@@ -126,7 +136,9 @@ def test_ranges_agree_with_keep(data):
     outside[start:stop] = False
     assert not keep[lo:hi, outside].any(), f"{mask} keeps keys outside of [{start}, {stop})"
     start, stop = (int(x) for x in np.broadcast_arrays(*mask.full_range(lo, hi, L, S), 0)[:2])
-    assert 0 <= start and stop <= S and keep[lo:hi, start:stop].all(), f"{mask} is not full in [{start}, {stop})"
+    assert start >= 0
+    assert stop <= S
+    assert keep[lo:hi, start:stop].all(), f"{mask} is not full in [{start}, {stop})"
     valid = mask.key_valid(L, S)
     valid = np.ones(S, bool) if valid is None else np.broadcast_to(np.asarray(valid), S)
     assert valid[keep.any(0)].all(), f"{mask} hides a key that a query sees"
@@ -134,12 +146,20 @@ def test_ranges_agree_with_keep(data):
 
 def test_key_valid_hides_what_nobody_sees():
     """Exactly, for each kind alone: these keys may hold NaN."""
-    for mask in (causal(), causal(-2), sliding_window(1, 0, 4), sliding_window(2, 2, jnp.asarray(-3)), KeyLengths(4, 2), KeyLengths(0)):
+    for mask in (
+        causal(),
+        causal(-2),
+        sliding_window(1, 0, 4),
+        sliding_window(2, 2, jnp.asarray(-3)),
+        KeyLengths(4, 2),
+        KeyLengths(0),
+    ):
         keep = np.asarray(mask.materialise(4, 9))
         np.testing.assert_array_equal(np.broadcast_to(mask.key_valid(4, 9), 9), keep.any(0), err_msg=str(mask))
     ids = SegmentIds(jnp.array([2, 0, -1, 0]), jnp.array([0, 1, 2, -1, 3, 0]))
     np.testing.assert_array_equal(ids.key_valid(4, 6), [1, 0, 1, 0, 0, 1])
-    assert causal(5).key_valid(4, 9) is None and EVERYTHING.key_valid(4, 9) is None
+    assert causal(5).key_valid(4, 9) is None
+    assert EVERYTHING.key_valid(4, 9) is None
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64"])
@@ -158,14 +178,17 @@ def test_integers_of_any_width_will_do(dtype, x64):
         mask = jax.tree.map(jnp.asarray, mask)
         picture = np.asarray(mask.materialise(L, S))
         if keep is not None:
-            np.testing.assert_array_equal(np.broadcast_to(picture, (2, 1, L, S)), np.broadcast_to(keep, (2, 1, L, S)), err_msg=str(type(mask)))
+            np.testing.assert_array_equal(
+                np.broadcast_to(picture, (2, 1, L, S)), np.broadcast_to(keep, (2, 1, L, S)), err_msg=str(type(mask))
+            )
         seen = np.broadcast_to(picture, (2, 1, L, S)).any(-2)[:, 0]
         valid = mask.key_valid(L, S)
         assert valid is None or (np.asarray(valid) | ~seen).all()
         lo, hi = (np.broadcast_to(np.asarray(bound).astype(int).reshape(-1), 2) for bound in mask.kv_range(10, 20, L, S))
         for b in range(2):
             block = np.broadcast_to(picture, (2, 1, L, S))[b, 0, 10:20]
-            assert not block[:, : lo[b]].any() and not block[:, hi[b] :].any()
+            assert not block[:, : lo[b]].any()
+            assert not block[:, hi[b] :].any()
 
 
 def test_static_masks_answer_with_ints_so_that_blocks_are_skipped_while_tracing():
@@ -182,7 +205,9 @@ def test_keep_is_plain_arithmetic_for_numpy_jit_and_traced_positions():
     q_idx, k_idx = np.arange(3, 7)[:, None], np.arange(2, 9)[None, :]
     traced = jax.jit(lambda mask, q0, k0: mask.keep(q0 + jnp.arange(4)[:, None], k0 + jnp.arange(7)[None, :]))(mask, 3, 2)
     np.testing.assert_array_equal(mask.keep(q_idx, k_idx), traced)
-    np.testing.assert_array_equal(Dense(jnp.arange(12).reshape(3, 4) % 3 == 0).keep(np.array([[2]]), np.array([[1, 3]])), [[True, False]])
+    np.testing.assert_array_equal(
+        Dense(jnp.arange(12).reshape(3, 4) % 3 == 0).keep(np.array([[2]]), np.array([[1, 3]])), [[True, False]]
+    )
 
 
 # --- masks are values
@@ -198,7 +223,9 @@ VALUES = [
 def test_masks_are_frozen_pytrees(mask):
     leaves, treedef = jax.tree.flatten(mask)
     again = jax.tree.unflatten(treedef, leaves)
-    assert type(again) is type(mask) and jax.tree.structure(again) == treedef and hash(treedef) is not None
+    assert type(again) is type(mask)
+    assert jax.tree.structure(again) == treedef
+    assert hash(treedef) is not None
     np.testing.assert_array_equal(again.materialise(4, 4), mask.materialise(4, 4))
     np.testing.assert_array_equal(jax.jit(lambda m: m.materialise(4, 4))(mask), mask.materialise(4, 4))
     assert jax.tree.structure(jax.eval_shape(lambda m: m, mask)) == treedef

@@ -17,7 +17,10 @@ def temporaries(call, *args, grad):
     """Bytes that the compiled program holds beside its arguments and results."""
     if grad:
         wrt = tuple(i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating))
-        loss = lambda *args: call(*args).astype(jnp.float32).sum()
+
+        def loss(*args):
+            return call(*args).astype(jnp.float32).sum()
+
         program = jax.jit(jax.grad(loss, wrt))
     else:
         program = jax.jit(call)
@@ -71,14 +74,24 @@ def test_a_dense_float_mask_costs_its_own_gradient_and_no_more():
     """(L, S) is what the caller brought; beside it nothing of that size is held."""
     length = 4096
     q, bias = shape((1, 4, length, 64), jnp.float32), shape((length, length), jnp.float32)
-    call = lambda q, k, v, b: scaled_dot_product_attention(q, k, v, b)
+
+    def call(q, k, v, b):
+        return scaled_dot_product_attention(q, k, v, b)
+
     assert temporaries(call, q, q, q, bias, grad=False) < 8 * 4 * length * 64 * 4
     assert temporaries(call, q, q, q, bias, grad=True) < 8 * 4 * length * 64 * 4 + 1.5 * length * length * 4
 
 
 def test_the_default_on_a_cpu_never_lets_memory_grow_with_the_product_of_the_lengths():
     """Whatever L and S: MATH's float32 scores of a default call stay under 64 MB, else EFFICIENT runs."""
-    for batch, heads, L, S in ((1, 1, 2**14, 2**14), (64, 16, 2**7, 2**7), (1, 1, 2**20, 64), (1, 1, 64, 2**20), (2**14, 16, 8, 8), (1, 1, 2, 2**24)):
+    for batch, heads, L, S in (
+        (1, 1, 2**14, 2**14),
+        (64, 16, 2**7, 2**7),
+        (1, 1, 2**20, 64),
+        (1, 1, 64, 2**20),
+        (2**14, 16, 8, 8),
+        (1, 1, 2, 2**24),
+    ):
         q, k = shape((batch, heads, L, 8), jnp.float32), shape((batch, heads, S, 8), jnp.float32)
         if explain(q, k, k, device="cpu").backend is SDPBackend.MATH:
             assert batch * heads * L * S * 4 <= 2**26
@@ -93,7 +106,10 @@ def test_empty_blocks_are_skipped_not_computed_and_thrown_away():
         "segments": SegmentIds(jnp.arange(length) // 512),
     }  # fmt: skip
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        programs = {name: jax.jit(lambda q, mask: scaled_dot_product_attention(q, q, q, mask)).lower(q, mask).compile() for name, mask in kinds.items()}
+        programs = {
+            name: jax.jit(lambda q, mask: scaled_dot_product_attention(q, q, q, mask)).lower(q, mask).compile()
+            for name, mask in kinds.items()
+        }
     best = dict.fromkeys(kinds, float("inf"))
     for _ in range(7):
         for name, program in programs.items():

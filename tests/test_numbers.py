@@ -46,7 +46,9 @@ def test_a_row_that_attends_to_nothing_is_exactly_zero_with_zero_gradient(kind, 
     problem = problem.but(key=problem.key + 1, value=problem.value + 1)  # a mean of the values would show
     got = with_gradients(problem, backend, mask, face="jax")
     empty = np.isneginf(got["lse"])
-    assert empty.any() and not got["out"][empty].any() and not got["query"][empty].any()
+    assert empty.any()
+    assert not got["out"][empty].any()
+    assert not got["query"][empty].any()
     assert (np.abs(got["out"]).sum(-1) > 0)[~empty].all()
     assert all(np.isfinite(x).all() for name, x in got.items() if name != "lse")
     if "bias" in got:
@@ -76,25 +78,32 @@ def test_a_nan_row_stays_nan_and_alone(S, backend):
     problem = make(6, S).rounded(np.float32)
     problem.query[:, :, 2] = NAN
     out = with_gradients(problem, backend)["out"]
-    assert np.isnan(out[:, :, 2]).all() and np.isfinite(np.delete(out, 2, axis=2)).all()
+    assert np.isnan(out[:, :, 2]).all()
+    assert np.isfinite(np.delete(out, 2, axis=2)).all()
     bias = np.zeros((6, S), np.float32)
     bias[1, S - 1], bias[4, 0] = NAN, INF
     out = with_gradients(make(6, S, bias=bias), backend)["out"]
-    assert np.isnan(out[:, :, [1, 4]]).all() and np.isfinite(out[:, :, [0, 2, 3, 5]]).all()
+    assert np.isnan(out[:, :, [1, 4]]).all()
+    assert np.isfinite(out[:, :, [0, 2, 3, 5]]).all()
 
 
 def test_infinite_values_come_through(backend):
     problem = make(6, 300).rounded(np.float32)
     problem.value[:, :, 290, 1], problem.value[:, :, 3, 2] = INF, -INF
     out = run(backend, scaled_dot_product_attention, problem.query, problem.key, problem.value)
-    assert (out[..., 1] == INF).all() and (out[..., 2] == -INF).all() and np.isfinite(out[..., [0, 3, 4, 5, 6, 7]]).all()
+    assert (out[..., 1] == INF).all()
+    assert (out[..., 2] == -INF).all()
+    assert np.isfinite(out[..., [0, 3, 4, 5, 6, 7]]).all()
 
 
 # --- what hidden keys hold
 
 HIDING = {
     "key lengths": (KeyLengths(jnp.array([200, 0])), np.arange(300)[None, :] >= np.array([[200], [0]])),
-    "left padding": (KeyLengths(jnp.array([300, 270]), jnp.array([140, 0])), np.stack([np.arange(300) < 140, np.arange(300) >= 270])),
+    "left padding": (
+        KeyLengths(jnp.array([300, 270]), jnp.array([140, 0])),
+        np.stack([np.arange(300) < 140, np.arange(300) >= 270]),
+    ),
     "padding segment": (SegmentIds(jnp.arange(150) // 60, jnp.where(jnp.arange(300) < 130, 1, -1)), np.arange(300)[None] >= 130),
     "segment that no query has": (SegmentIds(jnp.zeros(150, int), jnp.arange(300) // 130), np.arange(300)[None] >= 130),
     "causal, L < S": (causal(), np.arange(300)[None] >= 150),
@@ -110,11 +119,14 @@ def test_keys_hidden_from_the_whole_sequence_never_reach_anything(name, dense, b
     problem = make(150, 300, dlse=True, bias=np.ones((1, 300)) if dense else None).rounded(np.float32)
     hidden = np.broadcast_to(hidden[:, None, :, None], problem.key.shape)
     whole = mask & jnp.ones((1, 300), bool) if dense else mask
-    clean = on_jax(problem.but(key=np.where(hidden, 0, problem.key), value=np.where(hidden, 0, problem.value)), backend, mask=whole, face="jax")
+    clean = on_jax(
+        problem.but(key=np.where(hidden, 0, problem.key), value=np.where(hidden, 0, problem.value)), backend, mask=whole, face="jax"
+    )
     for poison in (NAN, INF):
         dirty = problem.but(key=np.where(hidden, poison, problem.key), value=np.where(hidden, poison, problem.value))
         got = on_jax(dirty, backend, mask=whole, face="jax")
-        assert not got["key"][hidden].any() and not got["value"][hidden].any()
+        assert not got["key"][hidden].any()
+        assert not got["value"][hidden].any()
         for what, x in got.items():
             np.testing.assert_allclose(x, clean[what], rtol=1e-5, atol=1e-5, err_msg=what)
 
@@ -124,7 +136,10 @@ def test_padded_queries_may_hold_anything(backend):
     problem = make(150, 300, dlse=True).rounded(np.float32)
     mask = QueryLengths(jnp.array([140, 7])) & KeyLengths(jnp.array([300, 200]))
     padded = np.arange(150)[None, None, :, None] >= np.array([140, 7])[:, None, None, None]
-    fill = lambda x, y: np.where(padded, y, x).astype(np.float32)
+
+    def fill(x, y):
+        return np.where(padded, y, x).astype(np.float32)
+
     clean = on_jax(problem.but(query=fill(problem.query, 0), dout=fill(problem.dout, 0)), backend, mask=mask, face="jax")
     got = on_jax(problem.but(query=fill(problem.query, NAN), dout=fill(problem.dout, NAN)), backend, mask=mask, face="jax")
     for what, x in got.items():
@@ -191,7 +206,8 @@ def test_scale_zero_averages_the_values(scale, backend):
     problem = make(5, 130, scale=scale).rounded(np.float32)
     got = on_jax(problem, backend)
     np.testing.assert_allclose(got["out"], np.broadcast_to(problem.value.mean(2, keepdims=True), got["out"].shape), atol=1e-6)
-    assert not got["query"].any() and not got["key"].any()
+    assert not got["query"].any()
+    assert not got["key"].any()
     assert all(np.isfinite(x).all() for x in got.values())
 
 
@@ -199,7 +215,9 @@ def test_scale_may_be_any_number(backend):
     q, k, v = (x.astype(np.float32) for x in (make(3, 5).query, make(3, 5).key, make(3, 5).value))
     one = run(backend, lambda *a: scaled_dot_product_attention(*a, scale=1.0), q, k, v)
     for scale in (1, True, np.float64(1), np.ones((), np.int32), jnp.float32(1), jnp.bfloat16(1)):
-        np.testing.assert_allclose(run(backend, lambda *a, s=scale: scaled_dot_product_attention(*a, scale=s), q, k, v), one, rtol=1e-6)
+        np.testing.assert_allclose(
+            run(backend, lambda *a, s=scale: scaled_dot_product_attention(*a, scale=s), q, k, v), one, rtol=1e-6
+        )
     for scale in (INF, NAN):
         assert np.isnan(run(backend, lambda *a, s=scale: scaled_dot_product_attention(*a, scale=s), q, k, v)).all()
 
@@ -213,7 +231,8 @@ def test_a_float32_mask_goes_with_half_queries(dtype, backend):
     bias = (np.random.default_rng(0).standard_normal((2, 1, 1, 130)) * 3).astype(np.float32)
     problem = make(5, 130, bias=bias).rounded(dtype)
     got = on_jax(problem, backend)
-    assert got["bias"].dtype == np.float32 and got["out"].dtype == dtype
+    assert got["bias"].dtype == np.float32
+    assert got["out"].dtype == dtype
     rounded = on_jax(problem.but(bias=bias.astype(dtype)), backend)
     assert rounded["bias"].dtype == dtype
     exact_bias = on_jax(problem.but(bias=bias.astype(dtype).astype(np.float32)), backend)
@@ -225,7 +244,10 @@ def test_dtypes_of_results(dtype, backend, x64):
     if dtype == "float64" and not x64:
         return
     q = jnp.ones((1, 4, 2, 8), dtype)
-    call = lambda q, s: dot_product_attention(q, q, q, sinks=s, return_residual=True)
+
+    def call(q, s):
+        return dot_product_attention(q, q, q, sinks=s, return_residual=True)
+
     (out, lse), pullback = jax.eval_shape(lambda q, s: jax.vjp(call, q, s), q, jnp.ones(2, dtype))
     assert (out.dtype, lse.dtype) == (dtype, "float64" if dtype == "float64" else "float32")
     with sdpa_kernel(backend):
@@ -261,16 +283,22 @@ def test_empty_dims_give_zeros_with_zero_gradients(dim, masked, backend):
     mask = causal_lower_right(q.shape[-2], k.shape[-2]) if masked else None
     with sdpa_kernel(backend):
         out, pullback = jax.vjp(lambda *a: scaled_dot_product_attention(*a, mask), q, k, v)
-        assert out.shape == (*q.shape[:-1], v.shape[-1]) and not out.any()
+        assert out.shape == (*q.shape[:-1], v.shape[-1])
+        assert not out.any()
         for operand, gradient in zip((q, k, v), pullback(out), strict=True):
-            assert gradient.shape == operand.shape and not gradient.any()
+            assert gradient.shape == operand.shape
+            assert not gradient.any()
         assert jax.jit(scaled_dot_product_attention)(q, k, v).shape == out.shape
 
 
 def test_no_keys_but_sinks_and_no_head_dim(backend):
     sinks = jnp.array([0.5, -1.0])
     out, lse = run(
-        backend, lambda q, k, s: dot_product_attention(q, k, k, sinks=s, return_residual=True), jnp.ones((1, 3, 2, 4)), jnp.ones((1, 0, 2, 4)), sinks
+        backend,
+        lambda q, k, s: dot_product_attention(q, k, k, sinks=s, return_residual=True),
+        jnp.ones((1, 3, 2, 4)),
+        jnp.ones((1, 0, 2, 4)),
+        sinks,
     )
     assert not out.any()
     np.testing.assert_allclose(lse, np.broadcast_to(sinks, (1, 3, 2)))
@@ -288,7 +316,10 @@ def test_float32_products_run_at_highest_precision_unless_less_is_asked_for(dtyp
     if dtype == "bfloat16" and backend is not SDPBackend.MATH:
         return  # its products are of halves, accumulated in float32: no precision to lose
     q = jax.ShapeDtypeStruct((1, 2, 300, 64), dtype)
-    call = lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32).sum()
+
+    def call(q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32).sum()
+
     with sdpa_kernel(backend), jax.default_matmul_precision(asked) if asked else contextlib.nullcontext():
         text = jax.jit(jax.grad(call, (0, 1, 2))).lower(q, q, q).as_text()
     products = re.findall(r"stablehlo\.dot_general.*", text)

@@ -55,8 +55,10 @@ def test_gradients_are_those_of_finite_differences():
 def test_empty_rows_and_sinks():
     problem = make(3, 5, keep=EMPTY_ROWS, dlse=True)
     answer = solve(problem)
-    assert not answer["out"][..., 1, :].any() and not answer["query"][..., 1, :].any()
-    assert np.isneginf(answer["lse"][..., 1]).all() and np.isfinite(answer["lse"][..., [0, 2]]).all()
+    assert not answer["out"][..., 1, :].any()
+    assert not answer["query"][..., 1, :].any()
+    assert np.isneginf(answer["lse"][..., 1]).all()
+    assert np.isfinite(answer["lse"][..., [0, 2]]).all()
     alone = solve(problem.but(sinks=np.array([0.5, -1.0])))
     np.testing.assert_allclose(alone["lse"][..., 1].astype(float), np.tile([0.5, -1.0], (2, 1)))
     assert not alone["out"][..., 1, :].any()
@@ -65,7 +67,9 @@ def test_empty_rows_and_sinks():
 def test_the_rule_accepts_honest_results_and_catches_wrong_ones():
     for dtype in (np.float32, "bfloat16", np.float16):
         problem = make(9, 17).rounded(dtype)
-        honest = {name: x.astype(dtype) for name, x in solve(problem, np.float32).items() if name in ("out", "query", "key", "value")}
+        honest = {
+            name: x.astype(dtype) for name, x in solve(problem, np.float32).items() if name in ("out", "query", "key", "value")
+        }
         check(problem, honest)
         with pytest.raises(AssertionError, match="value: error"):
             check(problem, {**honest, "value": np.where(np.arange(8) == 3, 0, honest["value"]).astype(dtype)})

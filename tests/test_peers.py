@@ -35,14 +35,20 @@ def test_1_fully_masked_rows(dtype, backend):
         by_bool = run(make(4, 6, keep=EMPTY).rounded(dtype), backend)
         by_bias = run(make(4, 6, bias=np.where(EMPTY, 0.5, -np.inf).astype(dtype)).rounded(dtype), backend)
         for got in (by_bool, by_bias):
-            assert not got["out"][:, :, 1].any() and not got["query"][:, :, 1].any()
+            assert not got["out"][:, :, 1].any()
+            assert not got["query"][:, :, 1].any()
         problem = make(4, 6, keep=np.arange(6) < np.array([0, 4])[:, None, None, None]).rounded(dtype)
-        swap = lambda x: jnp.asarray(np.swapaxes(x, 1, 2))
+
+        def swap(x):
+            return jnp.asarray(np.swapaxes(x, 1, 2))
+
         with sdpa_kernel(backend):
             call = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, key_value_seq_lengths=jnp.array([0, 4])))
             out, pullback = jax.vjp(call, *map(swap, (problem.query, problem.key, problem.value)))
             gradients = pullback(swap(problem.dout))
-    assert not out[0].any() and not any(x[0].any() for x in gradients) and out[1].any()
+    assert not out[0].any()
+    assert not any(x[0].any() for x in gradients)
+    assert out[1].any()
 
 
 def test_2_float64(backend):
@@ -50,7 +56,8 @@ def test_2_float64(backend):
     with jax.enable_x64(True):
         got = run(make(33, 70, keep=band(33, 70, -1, 0), dlse=True), backend, face="jax")
     exact = solve(make(33, 70, keep=band(33, 70, -1, 0), dlse=True))
-    assert got["out"].dtype == np.float64 and np.abs(got["out"] - exact["out"]).max() < 1e-14
+    assert got["out"].dtype == np.float64
+    assert np.abs(got["out"] - exact["out"]).max() < 1e-14
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -71,7 +78,10 @@ def test_4_one_formula_with_and_without_dropout(backend):
     q, k = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 2, 9, 8), (2, 2, 9, 8)))
     padding = jnp.asarray(np.arange(9) < np.array([9, 4])[:, None])[:, None, None]
     with sdpa_kernel(backend):
-        call = lambda p: scaled_dot_product_attention(q, k, k, causal() & padding, dropout_p=p, dropout_rng=jax.random.key(0))
+
+        def call(p):
+            return scaled_dot_product_attention(q, k, k, causal() & padding, dropout_p=p, dropout_rng=jax.random.key(0))
+
         plain, dropped = call(0.0), call(2.0**-30)  # drops nothing here
         np.testing.assert_array_equal(plain, dropped)
         assert call(0.5).shape == plain.shape
@@ -86,7 +96,10 @@ def test_5_additive_masks_are_never_inverted(backend):
     may be floats, and is refused where they may not."""
     problem = make(4, 6, bias=np.where(band(4, 6, -1, 0), 0, -np.inf).astype(np.float32)).rounded(np.float32)
     run(problem, backend)
-    swap = lambda x: jnp.asarray(np.swapaxes(x, 1, 2))
+
+    def swap(x):
+        return jnp.asarray(np.swapaxes(x, 1, 2))
+
     with pytest.raises(TypeError, match="an additive one goes to bias"):
         dot_product_attention(*map(swap, (problem.query, problem.key, problem.value)), mask=jnp.asarray(problem.bias))
     with pytest.raises(TypeError, match=r"attn_mask\.astype\(bool\)"):
@@ -111,8 +124,11 @@ def test_7_empty_inputs(sizes, backend):
     L, S = sizes
     q, k = jnp.ones((2, 3, L, 8)), jnp.ones((2, 3, S, 8))
     with sdpa_kernel(backend):
-        value, gradients = jax.jit(jax.value_and_grad(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True).sum(), (0, 1, 2)))(q, k, k)
-    assert value == 0 and not any(x.any() for x in gradients)
+        value, gradients = jax.jit(
+            jax.value_and_grad(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True).sum(), (0, 1, 2))
+        )(q, k, k)
+    assert value == 0
+    assert not any(x.any() for x in gradients)
 
 
 def test_8_query_lengths_mean_the_same_whatever_runs():
@@ -121,8 +137,11 @@ def test_8_query_lengths_mean_the_same_whatever_runs():
     results = []
     for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):
         with sdpa_kernel(backend):
-            results.append(dot_product_attention(q, k, k, query_seq_lengths=jnp.array([9, 4]), key_value_seq_lengths=jnp.array([12, 5])))
-        assert not results[-1][1, 4:].any() and results[-1][1, :4].all()
+            results.append(
+                dot_product_attention(q, k, k, query_seq_lengths=jnp.array([9, 4]), key_value_seq_lengths=jnp.array([12, 5]))
+            )
+        assert not results[-1][1, 4:].any()
+        assert results[-1][1, :4].all()
     np.testing.assert_allclose(*results, atol=2e-6)
     theirs = jax.nn.dot_product_attention(q, k, k, query_seq_lengths=jnp.array([9, 4]), key_value_seq_lengths=jnp.array([12, 5]))
     np.testing.assert_allclose(results[0], theirs, atol=2e-6)
@@ -133,9 +152,13 @@ def test_9_gradients_of_bias_and_sinks_are_not_zero(backend):
     do not import or run without a GPU: nothing of theirs to compare with here.)"""
     problem = make(9, 12, bias=rng.standard_normal((2, 9, 12)), sinks=rng.standard_normal(2), dlse=True).rounded(np.float32)
     got = run(problem, backend, face="jax")
-    assert np.abs(got["bias"]).max() > 0.1 and np.abs(got["sinks"]).max() > 0.1
+    assert np.abs(got["bias"]).max() > 0.1
+    assert np.abs(got["sinks"]).max() > 0.1
     h, at = 1e-6, problem.but(sinks=problem.sinks.astype(np.longdouble))
-    loss = lambda p: sum((solve(p)[name] * cotangent).sum() for name, cotangent in (("out", p.dout), ("lse", p.dlse)))
+
+    def loss(p):
+        return sum((solve(p)[name] * cotangent).sum() for name, cotangent in (("out", p.dout), ("lse", p.dlse)))
+
     for i in range(2):
         step = h * (np.arange(2) == i)
         numeric = (loss(at.but(sinks=at.sinks + step)) - loss(at.but(sinks=at.sinks - step))) / (2 * h)
@@ -150,9 +173,12 @@ def test_10_the_choice_knows_about_the_backward():
     for device in ("cpu", "cuda:sm75", "cuda:sm80", "cuda:sm90:cudnn91600"):
         for options in ({}, {"attn_mask": bias}, {"attn_mask": KeyLengths(jax.ShapeDtypeStruct((2,), jnp.int32)) & causal()}):
             choice = explain(q, q, q, device=device, grad=True, **options)
-            assert choice.backend is not None and choice.backend not in choice.rejected
+            assert choice.backend is not None
+            assert choice.backend not in choice.rejected
     swapped = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
-    choice = explain(swapped, swapped, swapped, call=dot_product_attention, return_residual=True, grad=True, device="cuda:sm90:cudnn91600")
+    choice = explain(
+        swapped, swapped, swapped, call=dot_product_attention, return_residual=True, grad=True, device="cuda:sm90:cudnn91600"
+    )
     assert any("lse" in reason for reason in choice.rejected[SDPBackend.CUDNN_ATTENTION]), choice
     holes = np.ones((2, 1, 1, 70), bool)
     holes[0, ..., [3, 5, 40]] = False  # no suffix: lengths could not say it

@@ -61,7 +61,10 @@ def test_keys_split_anywhere_and_merged_by_lse(attend, seed, at):
     wanted, lse = attend(q, k, v, mask, bias)
     (a, lse_a), (b, lse_b) = attend(q, k, v, mask & first, bias), attend(q, k, v, mask & ~first, bias)
     merged = np.logaddexp(lse_a, lse_b)
-    weigh = lambda x, part: np.where(np.isneginf(part), 0, np.exp(part - np.where(np.isneginf(merged), 0, merged)))[..., None] * x
+
+    def weigh(x, part):
+        return np.where(np.isneginf(part), 0, np.exp(part - np.where(np.isneginf(merged), 0, merged)))[..., None] * x
+
     np.testing.assert_allclose(merged, lse, atol=5e-6)
     np.testing.assert_allclose(weigh(a, lse_a) + weigh(b, lse_b), wanted, atol=5e-6)
 
@@ -93,7 +96,8 @@ def test_a_constant_added_to_a_row_moves_only_lse(attend, seed, shift):
 def test_outputs_are_averages_of_the_values(attend, seed):
     _, (q, k, v) = draw(seed, *SHAPES)
     out, _ = attend(q, k, v, jnp.ones((1, 1), bool), jnp.zeros((1, 1)))
-    assert (out <= v.max(1)[:, None].repeat(2, 2) + 1e-6).all() and (out >= v.min(1)[:, None].repeat(2, 2) - 1e-6).all()
+    assert (out <= v.max(1)[:, None].repeat(2, 2) + 1e-6).all()
+    assert (out >= v.min(1)[:, None].repeat(2, 2) - 1e-6).all()
     ones, _ = attend(q * 10, k, jnp.ones_like(v), jnp.ones((1, 1), bool), jnp.zeros((1, 1)))
     np.testing.assert_allclose(ones, 1, atol=2e-6)
 
@@ -105,7 +109,10 @@ def test_padding_with_key_lengths_changes_nothing(backend):
     _, (q, k, v) = draw(0, (4, 2, 130, 8), (4, 2, 130, 8), (4, 2, 130, 8))
     stops = jnp.array(sizes)
     ids = jnp.asarray(np.repeat(np.arange(4), sizes))
-    pack = lambda x: jnp.concatenate([x[i, :, :n] for i, n in enumerate(sizes)], axis=1)
+
+    def pack(x):
+        return jnp.concatenate([x[i, :, :n] for i, n in enumerate(sizes)], axis=1)
+
     with sdpa_kernel(backend):
         padded = scaled_dot_product_attention(q, k, v, KeyLengths(stops) & causal())
         packed = scaled_dot_product_attention(*map(pack, (q, k, v)), SegmentIds(ids) & causal())
@@ -128,7 +135,10 @@ def calls(draw):
         if "band" in kind:
             left, right = draw(st.integers(-1, S)), draw(st.integers(-1, L))
             offset = draw(st.integers(-L, S)) if kind == "band" else rng.integers(-L, S, B)
-            keep, mask = keep & band(L, S, left, right, offset), mask & Band(left, right, offset if kind == "band" else jnp.asarray(offset))
+            keep, mask = (
+                keep & band(L, S, left, right, offset),
+                mask & Band(left, right, offset if kind == "band" else jnp.asarray(offset)),
+            )
         elif kind == "lengths":
             stops, starts = rng.integers(0, S + 1, B), rng.integers(0, S, B) // 2
             keep, mask = keep & lengths(L, S, stops, starts), mask & KeyLengths(jnp.asarray(stops), jnp.asarray(starts))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import solve
 from harness import make
+from oracle import solve
 
 from jax_sdpa import check, dot_product_attention, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
@@ -70,7 +70,22 @@ def test_shapes_broadcast_as_in_torch_math(case):
         np.testing.assert_allclose(x, y.detach().numpy(), atol=2e-5)
 
 
-MASK_SHAPES = [(), (6,), (1,), (4, 1), (1, 6), (4, 6), (3, 1, 1), (1, 4, 6), (3, 4, 1), (3, 4, 6), (2, 1, 1, 6), (1, 3, 4, 6), (2, 1, 4, 6), (2, 3, 4, 6)]
+MASK_SHAPES = [
+    (),
+    (6,),
+    (1,),
+    (4, 1),
+    (1, 6),
+    (4, 6),
+    (3, 1, 1),
+    (1, 4, 6),
+    (3, 4, 1),
+    (3, 4, 6),
+    (2, 1, 1, 6),
+    (1, 3, 4, 6),
+    (2, 1, 4, 6),
+    (2, 3, 4, 6),
+]
 
 
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
@@ -91,7 +106,11 @@ def test_masks_of_every_broadcast_shape(shape):
 
 
 def test_masks_of_lower_rank_calls():
-    for q, masks in {(4, 8): [(4, 6), (6,), ()], (3, 4, 8): [(3, 4, 6), (1, 4, 6), (4, 1)], (5, 1, 2, 3, 4, 8): [(5, 1, 2, 1, 4, 6), (2, 3, 1, 1)]}.items():
+    for q, masks in {
+        (4, 8): [(4, 6), (6,), ()],
+        (3, 4, 8): [(3, 4, 6), (1, 4, 6), (4, 1)],
+        (5, 1, 2, 3, 4, 8): [(5, 1, 2, 1, 4, 6), (2, 3, 1, 1)],
+    }.items():
         k = (*q[:-2], 6, 8)
         for mask in masks:
             out = scaled_dot_product_attention(*arrays(q, k, k), jnp.ones(mask, bool))
@@ -103,7 +122,8 @@ def test_the_output_shape_uses_the_value_head_dim_and_the_query_length():
     assert scaled_dot_product_attention(q, k, v).shape == (2, 3, 4, 17)
     q, k, v = arrays((5, 2, 4, 6, 8), (1, 2, 7, 3, 8), (5, 1, 7, 3, 17))
     out, lse = dot_product_attention(q, k, v, return_residual=True)
-    assert out.shape == (5, 2, 4, 6, 17) and lse.shape == (5, 2, 4, 6)
+    assert out.shape == (5, 2, 4, 6, 17)
+    assert lse.shape == (5, 2, 4, 6)
     q, k, v = arrays((4, 6, 8), (7, 3, 8), (7, 3, 17))
     assert dot_product_attention(q, k, v).shape == (4, 6, 17)
 
@@ -117,12 +137,19 @@ def test_numpy_arrays_are_welcome_and_jit_sees_one_signature():
 
 def test_the_request_is_canonical():
     q, k, v = arrays((2, 5, 6, 4, 8), (1, 5, 2, 7, 8), (2, 1, 3, 7, 9))
-    request, shape = check.torch_request(q, k, v, causal() & jnp.ones((2, 1, 1, 1, 7), bool) & KeyLengths(jnp.ones((5,), int)), enable_gqa=True)
-    assert request.query.shape == (10, 6, 4, 8) and request.key.shape == (10, 6, 7, 8) and request.value.shape == (10, 6, 7, 9)
-    assert request.keep_mask.shape == (10, 1, 1, 7) and shape == (2, 5, 6, 4, 9)
+    request, shape = check.torch_request(
+        q, k, v, causal() & jnp.ones((2, 1, 1, 1, 7), bool) & KeyLengths(jnp.ones((5,), int)), enable_gqa=True
+    )
+    assert request.query.shape == (10, 6, 4, 8)
+    assert request.key.shape == (10, 6, 7, 8)
+    assert request.value.shape == (10, 6, 7, 9)
+    assert request.keep_mask.shape == (10, 1, 1, 7)
+    assert shape == (2, 5, 6, 4, 9)
     assert [part.lengths.shape for part in request.masks if isinstance(part, KeyLengths)] == [(10,)]
     assert hash(request.spec) == hash(check.torch_request(q, k, v, enable_gqa=True)[0].spec)
-    assert request.spec.allowed == Allowed(tuple(b for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)))
+    assert request.spec.allowed == Allowed(
+        tuple(b for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH))
+    )
     request, _ = check.torch_request(*arrays((2, 6, 4, 8), (2, 2, 7, 8), (2, 2, 7, 8)), enable_gqa=True)
     assert request.key.shape == (2, 2, 7, 8), "grouped heads are not repeated"
 
@@ -198,7 +225,9 @@ def test_errors_of_torchs_face(name):
 
 
 def test_errors_come_while_tracing_and_the_same_from_explain():
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, np.float32)
+    def shape(*dims):
+        return jax.ShapeDtypeStruct(dims, np.float32)
+
     for call in (lambda *a: jax.eval_shape(sdpa, *a), lambda *a: jax.jit(sdpa).trace(*a), explain):
         with pytest.raises(ValueError, match="same length S, got 6 and 5"):
             call(shape(2, 4, 5, 8), shape(2, 4, 6, 8), shape(2, 4, 5, 8))
@@ -206,13 +235,16 @@ def test_errors_come_while_tracing_and_the_same_from_explain():
 
 def test_float64_needs_x64_and_says_so():
     for position, name in enumerate(("query", "key", "value")):
-        with jax.enable_x64(False), pytest.raises(TypeError, match=rf"{name} is float64.*jax_enable_x64.*{name}.astype\(np.float32\)"):
+        with (
+            jax.enable_x64(False),
+            pytest.raises(TypeError, match=rf"{name} is float64.*jax_enable_x64.*{name}.astype\(np.float32\)"),
+        ):
             sdpa(*(x.astype(np.float64) if i == position else x for i, x in enumerate((Q, K, K))))
     with jax.enable_x64(False), pytest.raises(TypeError, match="attn_mask is float64"):
         sdpa(Q, K, K, np.zeros((5, 6)))
     with jax.enable_x64(True):
         assert sdpa(*(x.astype(np.float64) for x in (Q, K, K))).dtype == np.float64
-        with pytest.raises(TypeError, match="attn_mask.dtype: float64 and query.dtype: float32"):
+        with pytest.raises(TypeError, match=r"attn_mask.dtype: float64 and query.dtype: float32"):
             sdpa(Q, K, K, np.zeros((5, 6)))
 
 
@@ -220,7 +252,9 @@ def test_float64_needs_x64_and_says_so():
 def test_torch_tensors_get_a_hint():
     import torch
 
-    with pytest.raises(TypeError, match=r"query must be a JAX or NumPy array, got Tensor. Convert it first: jnp.asarray\(tensor.numpy\(\)\)"):
+    with pytest.raises(
+        TypeError, match=r"query must be a JAX or NumPy array, got Tensor. Convert it first: jnp.asarray\(tensor.numpy\(\)\)"
+    ):
         sdpa(torch.zeros(2, 4, 5, 8), K, K)
 
 

@@ -8,7 +8,7 @@ from cases import CASES
 from harness import dropped, make, on_jax
 from oracle import band, check, lengths, on_torch, same_segment, solve
 
-from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, causal_lower_right, sliding_window
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal_lower_right, sliding_window
 
 
 @pytest.mark.parametrize("name", CASES)

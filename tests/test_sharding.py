@@ -33,7 +33,9 @@ CALLS = {
     "plain": {},
     "causal, grouped": {"Hk": 2, "mask": lambda L, S: causal()},
     "lengths": {"mask": lambda L, S: causal() & KeyLengths(jnp.array([S, 5, 0, 200]))},
-    "segments": {"mask": lambda L, S: SegmentIds(jnp.arange(L) // 100 * jnp.ones((4, 1), int), jnp.arange(S) // 90 * jnp.ones((4, 1), int))},
+    "segments": {
+        "mask": lambda L, S: SegmentIds(jnp.arange(L) // 100 * jnp.ones((4, 1), int), jnp.arange(S) // 90 * jnp.ones((4, 1), int))
+    },
     "dropout": {"dropout_p": 0.3},
     "long": {"L": 600, "S": 1100, "mask": lambda L, S: causal(500)},
 }
@@ -95,7 +97,10 @@ def test_shard_map(check_vma, backend, mesh):
 
     spec = P("batch", "heads")
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, P(), P("batch")), out_specs=spec, check_vma=check_vma)
-    loss = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sin(f(*a, stops)).sum(), (0, 1, 2, 3)))
+
+    def loss(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sin(f(*a, stops)).sum(), (0, 1, 2, 3)))
+
     with sdpa_kernel(backend):
         got, wanted = loss(mapped)(q, k, v, bias), loss(attend)(q, k, v, bias)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)
@@ -107,7 +112,9 @@ def test_gradients_and_jvp_inside_of_shard_map(check_vma, backend, mesh):
     q, k = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key))
 
     def inside(q, k):
-        f = lambda q, k: jnp.sin(scaled_dot_product_attention(q, k, k, causal())).sum()
+        def f(q, k):
+            return jnp.sin(scaled_dot_product_attention(q, k, k, causal())).sum()
+
         return jax.grad(f)(q, k), jax.jvp(lambda q: scaled_dot_product_attention(q, k, k), (q,), (q,))[1]
 
     spec = P("batch", "heads")

@@ -15,7 +15,12 @@ from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal
 from jax_sdpa.primitive import LSE_NAME, OUT_NAME
 
 rng = np.random.default_rng(0)
-normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
 sdpa = scaled_dot_product_attention
 IDS = jnp.array([0, 0, 1, 1, -1])
 
@@ -50,11 +55,15 @@ def test_derivatives_of_every_order(mode, backend):
     def theirs(x):
         return jnp.sin(plain(x["q"], x["k"], x["v"], x["bias"], x["scale"], keep=keep)).sum()
 
-    along = lambda f, d: lambda x: jax.jvp(f, (x,), (d,))[1]
+    def along(f, d):
+        return lambda x: jax.jvp(f, (x,), (d,))[1]
+
     transforms = {
         "value and grad": jax.value_and_grad,
         "jvp": lambda f: along(f, dx),
-        "grad of grad": lambda f: jax.grad(lambda x: sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(jax.grad(f)(x)), jax.tree.leaves(dx), strict=True))),
+        "grad of grad": lambda f: jax.grad(
+            lambda x: sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(jax.grad(f)(x)), jax.tree.leaves(dx), strict=True))
+        ),
         "forward over reverse": lambda f: along(jax.grad(f), dx),
         "reverse over forward": lambda f: jax.grad(along(f, dx)),
         "third": lambda f: along(jax.grad(along(f, dx)), ddx),
@@ -68,7 +77,12 @@ def test_hessian_and_jacobians(backend):
     q, k = normal(1, 1, 2, 3), normal(1, 1, 4, 3)
     f, g = (lambda q, a=a: jnp.sin(a(q, k, k)).sum() for a in (sdpa, plain))
     with sdpa_kernel(backend):
-        for transform in (jax.hessian, lambda f: jax.jacfwd(jax.jacfwd(f)), lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacrev(jax.jacfwd(f))):
+        for transform in (
+            jax.hessian,
+            lambda f: jax.jacfwd(jax.jacfwd(f)),
+            lambda f: jax.jacrev(jax.jacrev(f)),
+            lambda f: jax.jacrev(jax.jacfwd(f)),
+        ):
             close(jax.jit(transform(f))(q), jax.jit(transform(g))(q), atol=1e-4)
 
 
@@ -103,7 +117,9 @@ def test_second_derivatives_at_empty_rows_are_zero(backend):
     q, k, mask = normal(1, 1, 4, 3), normal(1, 1, 5, 3), jnp.asarray(MASKS["dense"])
     with sdpa_kernel(backend):
         hessian = jax.hessian(lambda q: jnp.sin(sdpa(q, k, k, mask)).sum())(q)
-    assert jnp.isfinite(hessian).all() and not hessian[:, :, 1].any() and hessian[:, :, 0].any()
+    assert jnp.isfinite(hessian).all()
+    assert not hessian[:, :, 1].any()
+    assert hessian[:, :, 0].any()
 
 
 def test_unneeded_gradients_and_integer_operands_cost_nothing(backend):
@@ -111,30 +127,47 @@ def test_unneeded_gradients_and_integer_operands_cost_nothing(backend):
     q, k = normal(1, 2, 4, 8), normal(1, 2, 6, 8)
     with sdpa_kernel(backend):
         jaxpr = str(jax.make_jaxpr(jax.grad(lambda v: sdpa(q, k, v, KeyLengths(jnp.array([4]))).sum()))(k))
-    assert "wrt=('value',)" in jaxpr and jaxpr.count("sdpa_backward[") == 1 and "'query'" not in jaxpr
+    assert "wrt=('value',)" in jaxpr
+    assert jaxpr.count("sdpa_backward[") == 1
+    assert "'query'" not in jaxpr
 
 
 # --- vmap
 
 
 def expected_vmap(f, in_axes, args, n):
-    take = lambda x, axis, i: x if axis is None else jax.tree.map(lambda leaf: jnp.take(leaf, i, axis), x)
+    def take(x, axis, i):
+        return x if axis is None else jax.tree.map(lambda leaf: jnp.take(leaf, i, axis), x)
+
     return [f(*(take(x, axis, i) for x, axis in zip(args, in_axes, strict=True))) for i in range(n)]
 
 
-AXES = [(0, 0, 0, 0, 0), (0, None, None, None, None), (None, 1, 1, None, None), (None, None, 2, None, None), (None, None, None, 0, None), (None, None, None, None, 0), (-1, None, 3, 1, 0)]
+AXES = [
+    (0, 0, 0, 0, 0),
+    (0, None, None, None, None),
+    (None, 1, 1, None, None),
+    (None, None, 2, None, None),
+    (None, None, None, 0, None),
+    (None, None, None, None, 0),
+    (-1, None, 3, 1, 0),
+]
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_vmap_over_any_axes_for_values_and_gradients(axes, backend):
     """A loop gives the same: operands q, k, v, a bias that is broadcast over the batch, lengths of a structured mask."""
     n, shapes = 3, [(2, 2, 4, 8), (2, 2, 5, 8), (2, 2, 5, 6), (2, 1, 5)]
-    place = lambda shape, axis: shape if axis is None else (*shape[: axis % 5], n, *shape[axis % 5 :]) if axis >= 0 else (*shape, n)
+
+    def place(shape, axis):
+        return shape if axis is None else (*shape[: axis % 5], n, *shape[axis % 5 :]) if axis >= 0 else (*shape, n)
+
     args = [normal(*place(shape, axis)) for shape, axis in zip(shapes, axes[:4], strict=True)]
     args.append(jnp.array([[5, 2], [0, 4], [3, 3]]) if axes[4] == 0 else jnp.array([5, 2]))
 
     def f(q, k, v, bias, stops):
-        call = lambda *floats: jnp.sin(sdpa(*floats[:3], KeyLengths(stops) & causal(1) & floats[3]))
+        def call(*floats):
+            return jnp.sin(sdpa(*floats[:3], KeyLengths(stops) & causal(1) & floats[3]))
+
         out, pullback = jax.vjp(call, q, k, v, bias)
         return out, pullback(jnp.cos(out)), jax.jvp(call, (q, k, v, bias), (q, k, v, bias))[1]
 
@@ -147,7 +180,10 @@ def test_vmap_over_any_axes_for_values_and_gradients(axes, backend):
 
 def test_vmap_of_vmap_out_axes_and_a_mapped_scale(backend):
     q, scale = normal(3, 2, 2, 4, 8), jnp.array([0.3, -1.0, 0.0])
-    call = lambda q, s: sdpa(q, q, q, scale=s)
+
+    def call(q, s):
+        return sdpa(q, q, q, scale=s)
+
     with sdpa_kernel(backend):
         inner = jax.vmap(call, (0, None), out_axes=1)
         got = jax.jit(jax.vmap(inner, (0, 0), out_axes=-1))(q, scale)
@@ -163,7 +199,10 @@ def test_vmap_of_every_structured_mask(backend):
         causal(jnp.array([0, 1, -2])), sliding_window(1, 0, jnp.array([0, 1, 2])), KeyLengths(jnp.array([1, 5, 0]), jnp.array([0, 2, 0])),
         QueryLengths(jnp.array([1, 0, 4])), SegmentIds(rng.integers(-1, 2, (3, 4)), rng.integers(-1, 2, (3, 5))),
     ]  # fmt: skip
-    call = lambda q, k, mask: jax.grad(lambda q, k: jnp.sin(sdpa(q, k, k, mask)).sum(), (0, 1))(q, k)
+
+    def call(q, k, mask):
+        return jax.grad(lambda q, k: jnp.sin(sdpa(q, k, k, mask)).sum(), (0, 1))(q, k)
+
     with sdpa_kernel(backend):
         for mask in masks:
             mask = jax.tree.map(jnp.asarray, mask)
@@ -189,7 +228,10 @@ def test_dropout_under_vmap_is_dropout_of_each(keys_mapped, backend):
     """vmap(f)(x)[i] == f(x[i]): a mapped axis is no batch coordinate; the same key gives each entry the same mask."""
     q = normal(3, 2, 2, 9, 8)
     keys = jax.random.split(jax.random.key(0), 3) if keys_mapped else jax.random.key(0)
-    f = lambda q, key: sdpa(q, q, q, dropout_p=0.5, dropout_rng=key)
+
+    def f(q, key):
+        return sdpa(q, q, q, dropout_p=0.5, dropout_rng=key)
+
     g = jax.jit(lambda q, key: (f(q, key), jax.grad(lambda q: jnp.sin(f(q, key)).sum())(q)))
     axes = (0, 0 if keys_mapped else None)
     with sdpa_kernel(backend):
@@ -204,7 +246,10 @@ def test_dropout_is_the_same_on_every_backend_and_in_backward():
     seen = []
     for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):
         with sdpa_kernel(backend):
-            f = lambda v: sdpa(q, k, v, dropout_p=0.4, dropout_rng=jax.random.key(7))  # noqa: B023
+
+            def f(v):
+                return sdpa(q, k, v, dropout_p=0.4, dropout_rng=jax.random.key(7))
+
             out, pullback = jax.vjp(f, v)
             (dv,) = pullback(jnp.broadcast_to(jnp.eye(33, 40), out.shape))  # dv[s, l] = weights[l, s]
         seen.append(np.asarray(out == 0))
@@ -222,7 +267,10 @@ def forwards(jaxpr):
 
 def test_checkpoint_by_name_runs_the_forward_once(backend):
     q = normal(1, 2, 4, 8)
-    f = lambda q: jnp.sin(sdpa(q, q, q, is_causal=True)).sum()
+
+    def f(q):
+        return jnp.sin(sdpa(q, q, q, is_causal=True)).sum()
+
     policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
     with sdpa_kernel(backend):
         named, unnamed = jax.grad(jax.checkpoint(f, policy=policy)), jax.grad(jax.checkpoint(f))
@@ -237,7 +285,9 @@ def test_scan_while_and_cond(backend):
     q, w = normal(1, 2, 4, 8), normal(3, 8, 8) / 3
 
     def layers(q, w, loop):
-        body = lambda x, w: sdpa(x @ w, x, x, is_causal=True)
+        def body(x, w):
+            return sdpa(x @ w, x, x, is_causal=True)
+
         if loop == "scan":
             return jax.lax.scan(lambda x, w: (body(x, w), None), q, w)[0]
         for i in range(3):
@@ -245,10 +295,15 @@ def test_scan_while_and_cond(backend):
         return q
 
     with sdpa_kernel(backend):
-        wanted, *others = (jax.jit(jax.value_and_grad(lambda q, w, l=l: jnp.sin(layers(q, w, l)).sum(), (0, 1)))(q, w) for l in ("", "scan", "cond"))
+        wanted, *others = (
+            jax.jit(jax.value_and_grad(lambda q, w, l=l: jnp.sin(layers(q, w, l)).sum(), (0, 1)))(q, w)
+            for l in ("", "scan", "cond")
+        )
         for other in others:
             close(other, wanted)
-        last = jax.jit(lambda q: jax.lax.fori_loop(0, jnp.asarray(2), lambda i, x: sdpa(x, x, x, KeyLengths(jnp.array([i + 2]))), q))(q)
+        last = jax.jit(
+            lambda q: jax.lax.fori_loop(0, jnp.asarray(2), lambda i, x: sdpa(x, x, x, KeyLengths(jnp.array([i + 2]))), q)
+        )(q)
         two = sdpa(q, q, q, KeyLengths(jnp.array([2])))
         close(last, sdpa(two, two, two, KeyLengths(jnp.array([3]))))
 
@@ -272,8 +327,13 @@ def test_threads_compute_what_one_thread_does(backend):
 def test_the_same_program_gives_the_same_bits(backend):
     """Gradients included, also of what is summed over the batch and the heads."""
     problem = make(70, 130, Hq=4, Hk=2)
-    q, k, v, bias = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key, problem.value, rng.standard_normal((1, 130))))
-    f = lambda q, k, v, b: jnp.sin(sdpa(q, k, v, causal(60) & b, enable_gqa=True, dropout_p=0.2, dropout_rng=jax.random.key(1))).sum()
+    q, k, v, bias = (
+        jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key, problem.value, rng.standard_normal((1, 130)))
+    )
+
+    def f(q, k, v, b):
+        return jnp.sin(sdpa(q, k, v, causal(60) & b, enable_gqa=True, dropout_p=0.2, dropout_rng=jax.random.key(1))).sum()
+
     with sdpa_kernel(backend):
         run = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
         first = run(q, k, v, bias)
@@ -291,5 +351,8 @@ def test_strict_promotion_and_ranks(backend):
     """The switches by which careful programs forbid implicit promotion find nothing to complain about."""
     q, k, bias = normal(2, 4, 2, 8), normal(2, 5, 1, 8), normal(2, 4, 5)
     with sdpa_kernel(backend), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        f = lambda q, k, b: dot_product_attention(q, k, k, b, KeyLengths(jnp.array([3, 5])) & causal(), sinks=normal(2), softcap=2.0)
+
+        def f(q, k, b):
+            return dot_product_attention(q, k, k, b, KeyLengths(jnp.array([3, 5])) & causal(), sinks=normal(2), softcap=2.0)
+
         jax.jit(jax.grad(lambda *a: f(*a).sum(), (0, 1, 2)))(q, k, bias)

@@ -10,8 +10,8 @@ from jax_sdpa.context import BACKENDS, KERNEL, Allowed, SDPBackend
 __all__ = ["WARN_FOR_UNFUSED_KERNELS", "SDPBackend", "sdpa_kernel"]
 
 WARN_FOR_UNFUSED_KERNELS = False
-"""As in torch: set it to True to be warned when a `CausalBias` is materialised because MATH runs it. Read while tracing; not
-part of `jit`'s key, as it changes no result."""
+"""As in torch: set it to True to be warned when a structured mask is materialised because MATH runs the call (on the device that an
+eager call would use). Read while tracing; not part of `jit`'s key, as it changes no result."""
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ IMPLEMENTATIONS: dict[SDPBackend, Implementation] = {
     implementation.backend: implementation for implementation in (Flash(), Cudnn(), Efficient(), Math())
 }
 
-MATH_SCORES = 2**20
-"""The default takes MATH only where the call has at most this many scores, so that its memory stays under a few arrays of 4 MB."""
+MATH_SCORES = 2**14
+"""The default takes MATH only where the call has at most this many scores: there the two take the same time and MATH half the
+compilation (2 cores of a Zen 4); from 2**16 on EFFICIENT is faster. So the default's memory never grows with L * S beyond arrays
+of 64 KB."""
 
 
 def faster_on_cpu(request: SdpaRequest) -> SDPBackend:

@@ -8,6 +8,7 @@ The forward is the online softmax of Milakov and Gimelshein (arXiv:1805.02867) b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,15 +30,48 @@ hold = lax.optimization_barrier  # keeps XLA from recomputing a tile in each of 
 def attention(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of a request, by one of the two walks."""
     padded = request if plan.whole else pad(request, plan.block_q, plan.block_k)
-    out, lse = (_by_whole_rows if plan.whole else _by_blocks)(padded, plan)
+    out, lse = _walk(padded, plan, _store, _no_keys(padded))
     out = from_bits(out, request.query.dtype)
     if padded is request:
         return out, lse
     return lax.slice_in_dim(out, 0, request.query_len, axis=request.length_axis), lse[:, :, : request.query_len]
 
 
-def _no_keys(request: SdpaRequest, lse_dtype: Any) -> tuple[jax.Array, jax.Array]:
+def row_sums(request: SdpaRequest, lse: jax.Array, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+    """(m, l), (B, Hq, L), with p = exp(s - m) / l exactly: what lse = m + log(l) cannot hold where m is large.
+
+    A row whose mask is -1e9 throughout has lse = -1e9 whatever the number of its keys: in float32 log(l) is lost, and exp(s - lse)
+    would be 1 for each. Only a float mask makes such rows, and only if the lse of some row is that large is the pass made again.
+    """
+    ordinary = lse, jnp.ones_like(lse)
+    if request.bias is None:
+        return ordinary
+    one = dataclasses.replace(request, value=request.value[..., :1], dropout_seeds=None)
+    padded = one if plan.whole else pad(one, plan.block_q, plan.block_k)
+
+    def again() -> tuple[jax.Array, jax.Array]:
+        shape, dtype = padded.lse_shape, lse.dtype
+        carry = jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype)
+        m, l = (x[:, :, : request.query_len] for x in _walk(padded, plan, _store_sums, carry))
+        return jnp.where(jnp.isneginf(lse), -jnp.inf, m), jnp.where(l == 0, 1, l)
+
+    lost = jnp.any((jnp.abs(lse) > LARGE_LSE) & jnp.isfinite(lse))
+    return lax.cond(lost, again, lambda: ordinary)
+
+
+LARGE_LSE = 256.0  # the step of float32 there is 3e-5: as much error in p as an lse of ordinary size has in a few products
+
+
+Store = Callable[[Chunks, Any, Any, jax.Array, jax.Array, jax.Array, Any], Any]
+
+
+def _walk(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any) -> Any:
+    return (_by_whole_rows if plan.whole else _by_blocks)(request, plan, store, carry)
+
+
+def _no_keys(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     """What rows give that no block visits, the arrays to write the others into: 0 (as bits), and -inf or the sink."""
+    lse_dtype = scores.compute_dtype(request)
     lse = jnp.full(request.lse_shape, -jnp.inf, lse_dtype)
     if request.sinks is not None:
         lse = jnp.broadcast_to(request.sinks[:, :, None].astype(lse_dtype), request.lse_shape)
@@ -51,12 +85,16 @@ def _store(chunks: Chunks, c: Any, q0: Any, m: jax.Array, l: jax.Array, acc: jax
     return chunks.put(carry[0], out, c, q0, chunks.request.group), chunks.put_row(carry[1], lse, c, q0)
 
 
-def _by_whole_rows(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+def _store_sums(chunks: Chunks, c: Any, q0: Any, m: jax.Array, l: jax.Array, acc: jax.Array, carry: Any) -> Any:
+    """Write m and l themselves."""
+    return chunks.put_row(carry[0], m, c, q0), chunks.put_row(carry[1], l, c, q0)
+
+
+def _by_whole_rows(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any) -> Any:
     """Each row block against its whole range of keys, in pieces of which only the partial ones are masked."""
     chunks = Chunks(request, plan.nb, plan.nh)
     tiles = Tiles(chunks)
     L = request.query_len
-    carry = _no_keys(request, chunks.dtype)
     for q0 in range(0, L, plan.block_q):
         bq = min(plan.block_q, L - q0)
         ranges = pieces(request, q0, bq)
@@ -79,13 +117,13 @@ def _by_whole_rows(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, j
             acc = jnp.zeros((), chunks.dtype)
             for tile, (a, b, _) in zip(p, ranges, strict=True):
                 acc = acc + tiles.products.times(tiles.drop(shared, tile, q0, a), values[:, a - lo : b - lo])
-            return _store(chunks, c, q0, m, l, acc, carry)
+            return store(chunks, c, q0, m, l, acc, carry)
 
         carry = chunks.each(body, carry)
     return carry
 
 
-def _by_blocks(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+def _by_blocks(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any) -> Any:
     """Loops over row blocks and the key blocks that their mask leaves to visit, with an online softmax."""
     chunks = Chunks(request, plan.nb, plan.nh)
     tiles = Tiles(chunks)
@@ -112,11 +150,11 @@ def _by_blocks(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.A
             state = (*tiles.first_state(shared, bq), jnp.zeros((chunks.n, R * bq, request.value_head_dim), chunks.dtype))
             state = loop_over_keys(blocks_to_visit(shared, q0, bq, bk), step, state)
             m, l, acc = state
-            return _store(chunks, c, q0, m, l, acc, carry)
+            return store(chunks, c, q0, m, l, acc, carry)
 
         return loop(0, request.query_len // bq, row_block, carry)
 
-    return chunks.each(body, _no_keys(request, chunks.dtype))
+    return chunks.each(body, carry)
 
 
 def sanitised(request: SdpaRequest) -> SdpaRequest:
@@ -149,11 +187,14 @@ class Efficient(Implementation):
         return attention(sanitised(request), self._plan(request, "forward"))
 
     def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+        request = sanitised(request)
         plan = dataclasses.replace(self._plan(request, "backward"), whole=False)
-        return efficient_backward.tangent(sanitised(request), out, lse, tangents, plan)
+        sums = row_sums(request, lse, self._plan(request, "forward"))
+        return efficient_backward.tangent(request, out, lse, sums, tangents, plan)
 
     def backward(
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
-        plan = self._plan(request, "backward")
-        return efficient_backward.backward(sanitised(request), out, lse, dout, dlse, wrt, plan)
+        request = sanitised(request)
+        sums = row_sums(request, lse, self._plan(request, "forward"))
+        return efficient_backward.backward(request, out, lse, sums, dout, dlse, wrt, self._plan(request, "backward"))

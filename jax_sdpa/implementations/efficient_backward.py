@@ -47,7 +47,8 @@ class _Rows:
     q0: Any
     rows: jax.Array  # (n, R * bq, E), scaled
     dout: jax.Array  # (n, R * bq, Ev)
-    lse: jax.Array  # (n, 1, R * bq); +inf in rows without keys, so that p is 0
+    top: jax.Array  # (n, 1, R * bq): p = exp(s - top) * share; +inf in rows without keys, so that p is 0
+    share: jax.Array | None  # (n, 1, R * bq); None: 1
     delta: jax.Array  # (n, 1, R * bq)
 
 
@@ -58,7 +59,8 @@ class _Backward:
     request: SdpaRequest
     chunks: Chunks
     dout: jax.Array
-    lse: jax.Array
+    top: jax.Array
+    share: jax.Array | None  # None: lse is all there is to know, top
     delta: jax.Array
 
     @property
@@ -71,7 +73,8 @@ class _Backward:
             q0,
             chunks.rows(c, shared, q0, bq),
             chunks.take(self.dout, c, q0, bq, self.request.group),
-            chunks.take_row(self.lse, c, q0, bq)[:, None],
+            chunks.take_row(self.top, c, q0, bq)[:, None],
+            None if self.share is None else chunks.take_row(self.share, c, q0, bq)[:, None],
             chunks.take_row(self.delta, c, q0, bq)[:, None],
         )
 
@@ -82,7 +85,7 @@ class _Backward:
         tiles, products = self.tiles, self.tiles.products
         s, slope = scores.cap(shared, products.by_transpose(keys, block.rows))
         s = hold(tiles.masked(shared, s, block.q0, k0, masked, by_key=True))
-        p = hold(jnp.exp(s - block.lse))
+        p = hold(jnp.exp(s - block.top) if block.share is None else jnp.exp(s - block.top) * block.share)
         dp = hold(products.by_transpose(values, block.dout))
         ds = hold(p * (tiles.drop(shared, dp, block.q0, k0, by_key=True) - block.delta))
         ds_raw = ds if slope is None else ds * slope
@@ -195,8 +198,24 @@ def _pad_rows(like: SdpaRequest, request: SdpaRequest, x: jax.Array, axis: int, 
     return lax.pad(x, jnp.asarray(fill, x.dtype), widths)
 
 
+RowSums = tuple[jax.Array, jax.Array]  # (m, l) of `efficient.row_sums`
+
+
+def _top_and_share(request: SdpaRequest, sums: RowSums) -> tuple[jax.Array, jax.Array | None]:
+    """(m, 1 / l) with +inf for the m of rows without keys; no 1 / l where m is lse and l 1."""
+    m, l = sums
+    return jnp.where(jnp.isneginf(m), jnp.inf, m), None if request.bias is None else 1 / l
+
+
 def backward(
-    request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...], plan: Plan
+    request: SdpaRequest,
+    out: jax.Array,
+    lse: jax.Array,
+    row_sums: RowSums,
+    dout: Any,
+    dlse: Any,
+    wrt: tuple[str, ...],
+    plan: Plan,
 ) -> Tangents:
     """The cotangents of the operands named in `wrt`."""
     dtype = scores.compute_dtype(request)
@@ -215,9 +234,10 @@ def backward(
         found["sinks"] = _summed(dsinks, request.sinks)
 
     padded = request if plan.whole else pad(request, plan.block_q, plan.block_k)
-    lse = _pad_rows(padded, request, jnp.where(jnp.isneginf(lse), jnp.inf, lse), 2, jnp.inf)
+    top, share = _top_and_share(request, row_sums)
+    top, share = _pad_rows(padded, request, top, 2, jnp.inf), None if share is None else _pad_rows(padded, request, share, 2)
     dout, delta = _pad_rows(padded, request, dout, request.length_axis), _pad_rows(padded, request, delta, 2)
-    work = _Backward(padded, Chunks(padded, plan.nb, plan.nh), dout, lse, delta)
+    work = _Backward(padded, Chunks(padded, plan.nb, plan.nh), dout, top, share, delta)
     sum_dtype = dtype if plan.whole and request.query_len > plan.block_q else padded.key.dtype
     sums = Sums(
         as_bits(jnp.zeros(padded.query.shape, padded.query.dtype)),
@@ -244,7 +264,9 @@ def _summed(cotangent: jax.Array, operand: jax.Array) -> jax.Array:
     return (cotangent.sum(0, keepdims=True) if shared else cotangent).astype(operand.dtype)
 
 
-def tangent(request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def tangent(
+    request: SdpaRequest, out: jax.Array, lse: jax.Array, row_sums: RowSums, tangents: Tangents, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
     """(dout, dlse): the same tiles, rows by keys.
 
     ds = d(scores)        dlse = sum(p * ds)        dout = (p * ds * keep) @ v + (p * keep) @ dv - dlse * out
@@ -260,7 +282,8 @@ def tangent(request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tang
         request, moving = dataclasses.replace(request, query=clean["q"]), dataclasses.replace(moving, query=clean["dq"])
     original, bq, bk = request, plan.block_q, plan.block_k
     request, moving = pad(request, bq, bk), pad(moving, bq, bk)
-    safe_lse = _pad_rows(request, original, jnp.where(jnp.isneginf(lse), jnp.inf, lse), 2, jnp.inf)
+    top, share = _top_and_share(original, row_sums)
+    top, share = _pad_rows(request, original, top, 2, jnp.inf), None if share is None else _pad_rows(request, original, share, 2)
     chunks, moving_chunks = Chunks(request, plan.nb, plan.nh), Chunks(moving, plan.nb, plan.nh)
     tiles, R = Tiles(chunks), request.group
     dscale = tangents.get("scale")
@@ -275,7 +298,8 @@ def tangent(request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tang
                 factor = Chunks(dataclasses.replace(request, scale=dscale), plan.nb, plan.nh).shared(c).scale
                 q = chunks.take(request.query, c, q0, bq, R).reshape(chunks.n, R, -1)
                 drows = drows + (q * chunks.per_head(factor[:, None].astype(dtype))).reshape(rows.shape)
-            row_lse = chunks.take_row(safe_lse, c, q0, bq)[..., None]
+            row_top = chunks.take_row(top, c, q0, bq)[..., None]
+            row_share = 1 if share is None else chunks.take_row(share, c, q0, bq)[..., None]
 
             def step(j: Any, state: Any, masked: bool) -> Any:
                 acc, dlse = state
@@ -284,7 +308,7 @@ def tangent(request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tang
                 values, dvalues = chunks.take(request.value, c, k0, bk), chunks.take(moving.value, c, k0, bk)
                 products = tiles.products
                 s, slope = scores.cap(shared, products.rows_by_keys(rows, keys))
-                p = jnp.exp(tiles.masked(shared, s, q0, k0, masked) - row_lse)
+                p = jnp.exp(tiles.masked(shared, s, q0, k0, masked) - row_top) * row_share
                 ds = products.rows_by_keys(drows, keys) + products.rows_by_keys(rows, dkeys)
                 ds = ds if slope is None else ds * slope
                 if (addend := scores.addend(dshared, q0, bq, k0, bk, dtype)) is not None:
