@@ -317,11 +317,12 @@ def jax_request(
         parts.append(Dense(bias))
     if mask is not None:
         value_mask = _mask_value(mask, "mask")
-        if isinstance(value_mask, Dense) and value_mask.array.dtype != bool:
-            raise TypeError(
-                f"mask must be a bool array or a structured mask, got {value_mask.array.dtype}; an additive one goes to bias."
-            )
-        parts.append(value_mask)  # type: ignore[arg-type]
+        for part in value_mask.parts(q.shape[-3], k.shape[-3]):
+            if isinstance(part, Dense) and part.array.dtype != bool:
+                raise TypeError(
+                    f"mask must be a bool array or a structured mask, got {part.array.dtype}; an additive one goes to bias."
+                )
+        parts.append(value_mask)
     if _flag(is_causal, "is_causal"):
         parts.append(causal())
     if local_window_size is not None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax._src import dispatch as _dispatch
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX's cuDNN attention: the backward from (out, lse) is not public
 from jax.core import ShapedArray
-from jax.interpreters import ad
+from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
 __all__ = [
@@ -21,10 +21,11 @@ __all__ = [
     "default_device",
     "default_matmul_precision",
     "is_symbolic",
+    "lower_untyped",
     "may_partition",
     "needs_devices",
+    "typed_like",
     "vary_together",
-    "varying_like",
     "x64_enabled",
     "zero_tangent",
 ]
@@ -52,12 +53,27 @@ def vary_together(arrays: Sequence[Any]) -> list[Any]:
     ]
 
 
-def varying_like(aval: Any, shape: tuple[Any, ...], dtype: Any) -> Any:
-    """An abstract array that varies over the manual mesh axes over which `aval` varies."""
-    if not _varying(aval):
+def typed_like(aval: Any, dims: Sequence[int | None], shape: tuple[Any, ...], dtype: Any) -> Any:
+    """An abstract array with the type that `aval` has beyond shape and dtype: the manual mesh axes over which it varies, and, on a
+    mesh with explicit axes, for each dim the sharding of the dim of `aval` that `dims` names (None: not sharded)."""
+    if aval.sharding.mesh.empty:
         return ShapedArray(shape, dtype)
-    sharding = aval.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-    return ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=aval.manual_axis_type)
+    entries = (*aval.sharding.spec, *[None] * len(aval.shape))
+    spec = PartitionSpec(*(None if dim is None else entries[dim] for dim in dims))
+    return ShapedArray(shape, dtype, sharding=aval.sharding.update(spec=spec), manual_axis_type=aval.manual_axis_type)
+
+
+def lower_untyped(program: Any, ctx: Any, *args: Any) -> Any:
+    """Lower `program` as if there were no mesh: its loops' first values need not vary as its operands do, nor be sharded as they
+    are. What varies and what is sharded is said by the avals of the primitive around it. Nor does the caller's ban on rank
+    promotion, which is about the caller's own code, hold inside."""
+    plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+
+    def without_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.numpy_rank_promotion("allow"):
+            return program(*args)
+
+    return mlir.lower_fun(without_mesh, multiple_results=True)(ctx.replace(avals_in=plain), *args)
 
 
 def cudnn_version() -> int | None:

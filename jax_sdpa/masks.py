@@ -337,17 +337,17 @@ class SegmentIds(Mask):
         return 0, 0  # which keys share the one id of a block would cost as much to find as to mask
 
     def key_valid(self, L: Index, S: Index) -> Any:
-        """A key is seen if some query bears its id: a search in the sorted query ids, no L x S comparison."""
-
-        def seen(query: jax.Array, key: jax.Array) -> jax.Array:
-            sorted_ids = jnp.sort(query)
-            return sorted_ids[jnp.clip(jnp.searchsorted(sorted_ids, key), 0, L - 1)] == key
-
+        """A key is seen if some query bears its id: in the sorted run of each id, queries come first; no L x S comparison."""
         query, key = jnp.asarray(self.query), jnp.asarray(self.key)
         batch = jnp.broadcast_shapes(query.shape[:-1], key.shape[:-1])
         query, key = (jnp.broadcast_to(ids, (*batch, ids.shape[-1])) for ids in (query, key))
-        found = jnp.vectorize(seen, signature="(l),(s)->(s)")(query, key)
-        return found & (key >= 0)
+        ids, axis = jnp.concatenate([query, key], -1), query.ndim - 1
+        position = jax.lax.broadcasted_iota(jnp.int32, ids.shape, axis)
+        ids, origin = jax.lax.sort((ids, position), num_keys=1, is_stable=True)
+        first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], -1)
+        run = jax.lax.cummax(jnp.where(first, position, 0), axis)  # where each id's run begins
+        seen = (jnp.take_along_axis(origin, run, -1) < L).astype(jnp.int32)
+        return (jax.lax.sort((origin, seen), num_keys=1)[1][..., L:] == 1) & (key >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +402,11 @@ class And(Mask):
         answers: list[Any] = [mask.key_valid(L, S) for mask in self.masks] + [Mask.key_valid(self, L, S)]
         valid = None
         for answer in answers:
-            valid = answer if valid is None else valid if answer is None else valid & answer
+            if answer is not None and valid is not None:
+                rank = max(valid.ndim, answer.ndim)  # ranks match: numpy_rank_promotion may be forbidden
+                valid, answer = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (valid, answer))
+                answer = valid & answer
+            valid = valid if answer is None else answer
         return valid
 
 

@@ -71,15 +71,16 @@ def _lse_dtype(request: SdpaRequest) -> Any:
 
 
 def _out_avals(request: SdpaRequest, *rest: Any, **params: Any) -> list[Any]:
+    query = request.query
     return [
-        compat.varying_like(request.query, request.out_shape, request.query.dtype),
-        compat.varying_like(request.query, request.lse_shape, _lse_dtype(request)),
+        compat.typed_like(query, (0, 1, 2, None), request.out_shape, query.dtype),
+        compat.typed_like(query, (0, request.heads_axis, request.length_axis), request.lse_shape, _lse_dtype(request)),
     ]
 
 
 def _cotangent_avals(request: SdpaRequest, *rest: Any, wrt: tuple[str, ...], **params: Any) -> list[Any]:
     operands = [getattr(request, name) for name in wrt]
-    return [compat.varying_like(request.query, operand.shape, operand.dtype) for operand in operands]
+    return [compat.typed_like(operand, range(len(operand.shape)), operand.shape, operand.dtype) for operand in operands]
 
 
 def _out_labels(request: SdpaRequest, **params: Any) -> list[str]:
@@ -131,7 +132,7 @@ def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]], labels
             if implementation.needs_partitioning and compat.may_partition(ctx):
                 operands, results = _operand_labels(request, **params), labels(request, **params)
                 program = sharding.partitioned(program, request, operands, results)
-            return mlir.lower_fun(program, multiple_results=True)(ctx, *args)
+            return compat.lower_untyped(program, ctx, *args)
 
         return rule
 

@@ -121,7 +121,7 @@ def draw_mask(draw, L, S):
     return draw_mask(draw, L, S) & draw_mask(draw, L, S)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.data())
 def test_ranges_agree_with_keep(data):
     """kv_range covers what keep keeps; inside full_range everything is kept; key_valid hides only what nobody sees."""

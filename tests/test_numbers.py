@@ -112,8 +112,10 @@ HIDING = {
 }
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["alone", "with a bias and a bool mask"])
-@pytest.mark.parametrize("name", HIDING)
+DENSE_TOO = ["left padding", "padding segment", "causal & key lengths"]  # with a bias and a bool mask
+
+
+@pytest.mark.parametrize(("name", "dense"), [*((name, False) for name in HIDING), *((name, True) for name in DENSE_TOO)])
 def test_keys_hidden_from_the_whole_sequence_never_reach_anything(name, dense, backend):
     mask, hidden = HIDING[name]
     problem = make(150, 300, dlse=True, bias=np.ones((1, 300)) if dense else None).rounded(np.float32)

@@ -19,8 +19,8 @@ def test_values_and_gradients(name, backend):
 
 
 SOME = [
-    "causal 9x7", "window 17,4 with offsets", "key lengths with left padding", "segments packed & causal", "everything, torch's face",
-    "everything, JAX's face", "bias (L, S), -inf rows", "grouped 6/2, Ev > E", "sinks with empty rows", "plain 257x513",
+    "causal 9x7", "window 17,4 with offsets", "segments packed & causal", "everything, torch's face", "everything, JAX's face",
+    "bias (L, S), -inf rows", "sinks with empty rows",
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_float64_is_float64_throughout(name, backend):
     check(problem, got)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in SOME), (SOME[0], "float16"), (SOME[5], "float16")])
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in SOME), (SOME[0], "float16"), (SOME[4], "float16")])
 def test_half_precision_accumulates_in_float32(name, dtype, backend):
     problem, mask, options = CASES[name]()
     problem = problem.rounded(dtype)
@@ -57,8 +57,7 @@ MASKS_FOR_DROPOUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("p", [0.3, 1.0])
-@pytest.mark.parametrize("name", MASKS_FOR_DROPOUT)
+@pytest.mark.parametrize(("name", "p"), [*((name, 0.3) for name in MASKS_FOR_DROPOUT), ("window and lengths", 1.0)])
 def test_dropout_acts_on_the_normalised_probabilities(name, p, backend):
     """Against the oracle with the same mask injected; lse and the softmax know nothing of it, nothing is renormalised."""
     keep, mask = MASKS_FOR_DROPOUT[name]

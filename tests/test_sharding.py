@@ -41,8 +41,17 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("sharded", SPECS)
-@pytest.mark.parametrize("name", CALLS)
+SLOWER = [(name, sharded) for name in CALLS for sharded in ("batch", "heads") if name not in ("plain", "lengths")]
+
+
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    [
+        *((name, "batch and heads") for name in CALLS),
+        *((name, sharded) for name in ("plain", "lengths") for sharded in ("batch", "heads")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER),
+    ],
+)
 def test_plain_jit_keeps_the_sharding_and_gathers_nothing(name, sharded, backend, mesh):
     options = dict(CALLS[name])
     L, S, Hk = options.pop("L", 130), options.pop("S", 270), options.pop("Hk", 4)

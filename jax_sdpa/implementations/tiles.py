@@ -126,7 +126,7 @@ def _pad_axis(x: Any, axis: int, amount: Any, fill: Any = 0) -> Any:
 def pad(request: SdpaRequest, bq: Any, bk: Any) -> SdpaRequest:
     """The request with lengths that are multiples of the blocks; the keys that this adds are masked. Itself if nothing is to do."""
     L, S = request.query_len, request.key_len
-    more_q, more_k = -L % bq, -S % bk
+    more_q, more_k = (-(-length // block) * block - length for length, block in ((L, bq), (S, bk)))
     if all(isinstance(more, int) and more == 0 for more in (more_q, more_k)):
         return request
 
@@ -138,7 +138,7 @@ def pad(request: SdpaRequest, bq: Any, bk: Any) -> SdpaRequest:
         return x
 
     axis = request.length_axis
-    behind = KeyLengths(jnp.asarray(S, jnp.int32) if compat.is_symbolic(S) else S)
+    behind = KeyLengths(jnp.asarray(S, jnp.int32)[None] if compat.is_symbolic(S) else S)
     return dataclasses.replace(
         request,
         query=_pad_axis(request.query, axis, more_q),
