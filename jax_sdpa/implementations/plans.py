@@ -76,7 +76,7 @@ def cpu_plan(request: SdpaRequest, direction: str) -> Plan:
         return Plan(*_heads(request, FEW_ROWS_KEYS // (S * max(1, request.head_dim))), L, S, whole=True)
     if L * R * S <= SMALL_TILE:
         return Plan(*_heads(request, SMALL_HEADS[direction]), L, S, whole=True)
-    block_q = max(64, (256 if skips and (direction == "forward" or S <= 512) else 512) // R)
+    block_q = max(64, (256 if skips and direction == "forward" else 512) // R)
     if S <= WHOLE_KEYS[direction] and -(-L // block_q) <= UNROLLED:
         area = AREA[direction] // 2 if skips else AREA[direction]
         return Plan(*_heads(request, area // (block_q * R * S)), min(L, block_q), S, whole=True)
