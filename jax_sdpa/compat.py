@@ -26,6 +26,7 @@ __all__ = [
     "needs_devices",
     "typed_like",
     "vary_together",
+    "without_mesh",
     "x64_enabled",
     "zero_tangent",
 ]
@@ -68,12 +69,17 @@ def lower_untyped(program: Any, ctx: Any, *args: Any) -> Any:
     are. What varies and what is sharded is said by the avals of the primitive around it. Nor does the caller's ban on rank
     promotion, which is about the caller's own code, hold inside."""
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    return mlir.lower_fun(without_mesh(program), multiple_results=True)(ctx.replace(avals_in=plain), *args)
 
-    def without_mesh(*args: Any) -> Any:
+
+def without_mesh(program: Any) -> Any:
+    """`program`, traced as if no mesh were around it."""
+
+    def run(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.numpy_rank_promotion("allow"):
             return program(*args)
 
-    return mlir.lower_fun(without_mesh, multiple_results=True)(ctx.replace(avals_in=plain), *args)
+    return run
 
 
 def cudnn_version() -> int | None:

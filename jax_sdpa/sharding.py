@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_sdpa import compat
 from jax_sdpa.request import SdpaRequest
 
 Program = Callable[..., Sequence[jax.Array]]
@@ -105,7 +106,7 @@ def partitioned(program: Program, request: SdpaRequest, operands: Sequence[Label
 
         def local(*args: jax.Array) -> tuple[jax.Array, ...]:
             found = []
-            for array, labels in zip(program(*args), results, strict=True):
+            for array, labels in zip(compat.without_mesh(program)(*args), results, strict=True):
                 split = tuple(axis for label in labels if label.isupper() for axis in axes[label.lower()])
                 found.append(lax.psum(array, split) if split else array)
             return tuple(found)
