@@ -17,7 +17,7 @@ Array = np.ndarray
 EXACT = np.longdouble
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Problem:
     """One call in torch's layout, as NumPy arrays, with the cotangents that its gradients are taken of.
 
@@ -36,6 +36,10 @@ class Problem:
     sinks: Array | None = None
     scale: float | None = None
     softcap: float | None = None
+
+    def __repr__(self) -> str:  # a failing property test prints it: shapes tell more than pages of numbers
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return "Problem(" + ", ".join(f"{name}={getattr(x, 'shape', x)}" for name, x in fields.items() if x is not None) + ")"
 
     def but(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, **changes)
@@ -63,7 +67,8 @@ def _ungroup(x: Array, heads: int) -> Array:
 def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[str, Array]:
     """{'out', 'lse', and the cotangent of each operand that is there}, computed in `dtype`.
 
-    The cotangents that are sums over the call come with 'size of' them, the root of the sum of squares of what is summed.
+    The cotangents that are sums over the call come with 'size of' them, the root of the sum of squares of what is summed. (One
+    sink's terms are themselves differences, of dlse and dout . out: the size is that of the parts, which round before they cancel.)
     rounded_to: go backward from out rounded to this dtype and from lse alone, as every backend does that keeps (out, lse).
     """
 
@@ -112,21 +117,22 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
         p = np.exp(s - np.where(empty[..., 0], 0, lse)[..., None])
     dweights = dout @ np.swapaxes(V, -1, -2)
     dp = dweights if survivors is None else dweights * survivors
-    row = (dout * kept_out).sum(-1, keepdims=True)
-    if problem.dlse is not None:
-        row = row - cast(problem.dlse)[..., None]
+    dlse = dtype(0) if problem.dlse is None else cast(problem.dlse)[..., None]
+    row = (dout * kept_out).sum(-1, keepdims=True) - dlse
+    row_size = np.sqrt(((dout * kept_out) ** 2).sum(-1, keepdims=True) + dlse**2)
     ds = p * (dp - row)
     answer = {"out": out, "lse": lse, "largest score": np.abs(s[np.isfinite(s)]).max(initial=0)}
     summed = {}
     if bias is not None:
-        summed["bias"] = ds, lambda x: _sum_to(x, bias.shape)
+        summed["bias"] = ds, ds, lambda x: _sum_to(x, bias.shape)
     if sinks is not None:
-        summed["sinks"] = -(at_sink / total * row)[..., 0], lambda x: _sum_to(x.sum(-1), sinks.shape)
+        weight = (at_sink / total)[..., 0]
+        summed["sinks"] = -weight * row[..., 0], weight * row_size[..., 0], lambda x: _sum_to(x.sum(-1), sinks.shape)
     ds = ds * slope
-    summed["scale"] = ds * products, np.sum
-    for name, (terms, add_up) in summed.items():
+    summed["scale"] = ds * products, ds * products, np.sum
+    for name, (terms, sizes, add_up) in summed.items():
         answer[name] = np.asarray(add_up(terms))
-        answer["size of " + name] = np.sqrt(np.max(add_up(terms * terms)))
+        answer["size of " + name] = np.sqrt(np.max(add_up(sizes * sizes)))
     answer["query"] = _sum_to(scale * (ds @ K), q.shape)
     dK = scale * (np.swapaxes(ds, -1, -2) @ q)
     dV = np.swapaxes(weights, -1, -2) @ dout

@@ -70,7 +70,10 @@ def test_static_masks_by_whole_rows_of_32(name, blocks):
     check(problem, on_jax(problem, EFFICIENT, mask=mask, **options))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (7, 16), (16, 7), (17, 15), (31, 33), (33, 31), (32, 32)], ids=str)
+SIZES = [(1, 1), (7, 16), (17, 15), (31, 33), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((16, 7), (33, 31), (32, 32)))]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_lengths_around_blocks_of_16(sizes, blocks):
     """One less and more than one and two blocks, with lengths, a bias, dropout: padding is visible nowhere."""
     blocks(16, 16)

@@ -86,7 +86,10 @@ def test_symbolic_batch_and_lengths(backend):
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)
 
 
-@pytest.mark.parametrize("kind", ["plain", "causal", "segments", "query lengths", "dropout", "JAX's face", "grouped heads"])
+KINDS = ["causal", "query lengths", "dropout", "JAX's face", "grouped heads"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "segments"))])
 def test_symbolic_length_of_every_kind(kind, backend):
     scope = export.SymbolicScope()
     q, k = symbolic("2, 4, n, 8", scope=scope), symbolic("2, 2, n, 8", scope=scope)

@@ -33,7 +33,11 @@ def test_float64_is_float64_throughout(name, backend):
     check(problem, got)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in SOME), (SOME[0], "float16"), (SOME[4], "float16")])
+HALF = [(SOME[0], "bfloat16"), (SOME[4], "bfloat16"), (SOME[6], "bfloat16"), (SOME[0], "float16")]
+MORE_HALF = [*((SOME[i], "bfloat16") for i in (1, 2, 3, 5)), (SOME[4], "float16")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*HALF, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_HALF)])
 def test_half_precision_accumulates_in_float32(name, dtype, backend):
     problem, mask, options = CASES[name]()
     problem = problem.rounded(dtype)

@@ -20,7 +20,7 @@ from jax import lax
 
 from jax_sdpa.implementations import scores
 from jax_sdpa.implementations.base import Tangents
-from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop, slice_at, split, write_at
+from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop, slice_at, times, write_at
 from jax_sdpa.implementations.plans import Plan
 from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
 from jax_sdpa.request import SdpaRequest
@@ -83,7 +83,7 @@ class _Backward:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(dk, dv, dq.T, ds) of one tile: (n, bk, E) unscaled by the keys' factor, (n, bk, Ev), (n, E, R * bq), (n, bk, R * bq)."""
         tiles, products = self.tiles, self.tiles.products
-        s, slope = scores.cap(shared, products.by_transpose(keys, block.rows))
+        s, slope = scores.cap(shared, times(products.by_transpose(keys, block.rows), self.chunks.factors.scores))
         s = hold(tiles.masked(shared, s, block.q0, k0, masked, by_key=True))
         p = hold(jnp.exp(s - block.top) if block.share is None else jnp.exp(s - block.top) * block.share)
         dp = hold(products.by_transpose(values, block.dout))
@@ -111,7 +111,7 @@ class _Backward:
         chunks, R = self.chunks, self.request.group
         dq = jnp.swapaxes(dq_t, 1, 2)
         if self.request.scale is None:
-            dq = dq * split(self.request.spec.scale)[0]  # type: ignore[arg-type]
+            dq = dq * (chunks.factors.rows * chunks.factors.scores)
             return dataclasses.replace(sums, dq=chunks.put(sums.dq, dq, c, q0, R))
         dscale = sums.dscale
         if dscale is not None:
@@ -125,7 +125,8 @@ class _Backward:
 
     @property
     def key_factor(self) -> float:
-        return 1.0 if self.request.scale is not None else split(self.request.spec.scale)[1]  # type: ignore[arg-type]
+        """What the sums of ds.T @ rows are still to be multiplied by."""
+        return self.chunks.factors.keys * self.chunks.factors.scores
 
     def by_whole_rows(self, sums: Sums, block_q: int) -> Sums:
         """Each row block against its whole range of keys, row blocks unrolled."""
@@ -143,8 +144,8 @@ class _Backward:
                     dk, dv, more, ds = self.tile(shared, block, keys, values, a, masked)
                     dq_t = dq_t + more
                     if q0 > 0:
-                        dk = dk + chunks.take(sums.dk, c, a, b - a)
-                        dv = dv + chunks.take(sums.dv, c, a, b - a)
+                        dk = dk + chunks.take(sums.dk, c, a, b - a, dtype=chunks.dtype)
+                        dv = dv + chunks.take(sums.dv, c, a, b - a, dtype=chunks.dtype)
                     dbias = self.add_bias(sums.dbias, ds, c, q0, a)
                     put_k, put_v = chunks.put(sums.dk, dk, c, a), chunks.put(sums.dv, dv, c, a)
                     sums = dataclasses.replace(sums, dk=put_k, dv=put_v, dbias=dbias)
@@ -307,9 +308,9 @@ def tangent(
                 keys, dkeys = chunks.keys(c, k0, bk), moving_chunks.keys(c, k0, bk)
                 values, dvalues = chunks.take(request.value, c, k0, bk), chunks.take(moving.value, c, k0, bk)
                 products = tiles.products
-                s, slope = scores.cap(shared, products.rows_by_keys(rows, keys))
+                s, slope = scores.cap(shared, times(products.rows_by_keys(rows, keys), chunks.factors.scores))
                 p = jnp.exp(tiles.masked(shared, s, q0, k0, masked) - row_top) * row_share
-                ds = products.rows_by_keys(drows, keys) + products.rows_by_keys(rows, dkeys)
+                ds = times(products.rows_by_keys(drows, keys) + products.rows_by_keys(rows, dkeys), chunks.factors.scores)
                 ds = ds if slope is None else ds * slope
                 if (addend := scores.addend(dshared, q0, bq, k0, bk, dtype)) is not None:
                     ds = chunks.apply(jnp.add, ds, addend)

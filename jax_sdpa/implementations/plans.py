@@ -22,6 +22,7 @@ SMALL_HEADS = {"forward": 64, "backward": 32}
 FEW_ROWS_KEYS = 2**19  # elements of K in a chunk with few rows: a decode step reads K and V once, from the cache if it can
 AREA = {"forward": 2**20, "backward": 2**18}  # scores in a chunk's tile
 WHOLE_KEYS = {"forward": 1024, "backward": 2048}  # key length up to which a row block takes its whole range at once
+WHOLE_KEYS_BACKWARD_SKIPPING = 512  # the same, backward, where masks leave blocks out
 UNROLLED = 8  # row blocks at most in the unrolled walk: compile time
 
 
@@ -69,18 +70,19 @@ def cpu_plan(request: SdpaRequest, direction: str) -> Plan:
     """The plan of a 'forward' or 'backward' pass on a CPU."""
     L, S, R = request.query_len, request.key_len, request.group
     skips = bool(request.masks)  # something to skip: finer blocks
-    online = Plan(*_heads(request, 1), _block(L, max(64, (512 if skips else 1024) // R)), _block(S, 512))
+    blocks = _block(L, max(64, (512 if skips else 1024) // R)), _block(S, 512)
     if any(map(compat.is_symbolic, (L, S, request.batch, R))) or not is_static(request):
-        return online
+        return Plan(*_heads(request, 1), *blocks)
     if L * R <= FEW_ROWS:
         return Plan(*_heads(request, FEW_ROWS_KEYS // (S * max(1, request.head_dim))), L, S, whole=True)
     if L * R * S <= SMALL_TILE:
         return Plan(*_heads(request, SMALL_HEADS[direction]), L, S, whole=True)
-    block_q = max(64, (256 if skips and direction == "forward" else 512) // R)
-    if S <= WHOLE_KEYS[direction] and -(-L // block_q) <= UNROLLED:
-        area = AREA[direction] // 2 if skips else AREA[direction]
+    block_q, backward = max(64, 512 // R), direction == "backward"
+    most = WHOLE_KEYS_BACKWARD_SKIPPING if skips and backward else WHOLE_KEYS[direction]
+    if S <= most and -(-L // block_q) <= UNROLLED:
+        area = AREA[direction] // 2 if skips and backward else AREA[direction]
         return Plan(*_heads(request, area // (block_q * R * S)), min(L, block_q), S, whole=True)
-    return online
+    return Plan(*_heads(request, 2 if skips and not backward else 1), *blocks)
 
 
 def wide_plan(request: SdpaRequest) -> Plan:

@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_sdpa import compat
 from jax_sdpa.implementations import scores
-from jax_sdpa.implementations.chunks import Chunks, Products, loop
+from jax_sdpa.implementations.chunks import Chunks, Products, loop, times
 from jax_sdpa.masks import KeyLengths
 from jax_sdpa.request import SdpaRequest
 
@@ -45,7 +45,7 @@ class Tiles:
 
     def scores(self, shared: SdpaRequest, rows: jax.Array, keys: jax.Array, q0: Any, k0: Any, masked: bool) -> jax.Array:
         """The finished scores of rows (n, R * bq, E), scaled already, against keys (n, bk, E): (n, R * bq, bk)."""
-        s, _ = scores.cap(shared, self.products.rows_by_keys(rows, keys))
+        s, _ = scores.cap(shared, times(self.products.rows_by_keys(rows, keys), self.chunks.factors.scores))
         return self.masked(shared, s, q0, k0, masked)
 
     def drop(self, shared: SdpaRequest, p: jax.Array, q0: Any, k0: Any, by_key: bool = False) -> jax.Array:
