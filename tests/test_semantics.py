@@ -24,7 +24,9 @@ SOME = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    "name", [*SOME[3:5], SOME[6], *(pytest.param(name, marks=pytest.mark.slow) for name in (*SOME[:3], SOME[5]))]
+)
 def test_float64_is_float64_throughout(name, backend):
     problem, mask, options = CASES[name]()
     with jax.enable_x64(True):
