@@ -67,8 +67,8 @@ def _ungroup(x: Array, heads: int) -> Array:
 def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[str, Array]:
     """{'out', 'lse', and the cotangent of each operand that is there}, computed in `dtype`.
 
-    The cotangents that are sums over the call come with 'size of' them, the root of the sum of squares of what is summed. (One
-    sink's terms are themselves differences, of dlse and dout . out: the size is that of the parts, which round before they cancel.)
+    The cotangents that are sums over the call come with 'size of' them, the root of the sum of squares of what is summed; the
+    terms are differences, and it is their parts that count, which round before they cancel.
     rounded_to: go backward from out rounded to this dtype and from lse alone, as every backend does that keeps (out, lse).
     """
 
@@ -120,16 +120,16 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     dlse = dtype(0) if problem.dlse is None else cast(problem.dlse)[..., None]
     row = (dout * kept_out).sum(-1, keepdims=True) - dlse
     row_size = np.sqrt(((dout * kept_out) ** 2).sum(-1, keepdims=True) + dlse**2)
-    ds = p * (dp - row)
+    ds, ds_size = p * (dp - row), p * np.sqrt(dp**2 + row_size**2)
     answer = {"out": out, "lse": lse, "largest score": np.abs(s[np.isfinite(s)]).max(initial=0)}
     summed = {}
     if bias is not None:
-        summed["bias"] = ds, ds, lambda x: _sum_to(x, bias.shape)
+        summed["bias"] = ds, ds_size, lambda x: _sum_to(x, bias.shape)
     if sinks is not None:
         weight = (at_sink / total)[..., 0]
         summed["sinks"] = -weight * row[..., 0], weight * row_size[..., 0], lambda x: _sum_to(x.sum(-1), sinks.shape)
     ds = ds * slope
-    summed["scale"] = ds * products, ds * products, np.sum
+    summed["scale"] = ds * products, ds_size * slope * products, np.sum
     for name, (terms, sizes, add_up) in summed.items():
         answer[name] = np.asarray(add_up(terms))
         answer["size of " + name] = np.sqrt(np.max(add_up(sizes * sizes)))

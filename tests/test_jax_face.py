@@ -78,9 +78,9 @@ def test_our_arguments_are_jax_nns_and_more():
 def test_three_dims(backend):
     with sdpa_kernel(backend):
         got = dot_product_attention(QUERY[0], KEY[0], VALUE[0], BIAS[0], MASK[0], is_causal=True)
-    np.testing.assert_allclose(
-        got, jax.nn.dot_product_attention(QUERY[0], KEY[0], VALUE[0], BIAS[0], MASK[0], is_causal=True), atol=2e-6
-    )
+    with jax.default_matmul_precision("highest"):
+        expected = jax.nn.dot_product_attention(QUERY[0], KEY[0], VALUE[0], BIAS[0], MASK[0], is_causal=True)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_both_faces_are_one_engine(backend):
@@ -170,12 +170,12 @@ def test_a_sink_is_one_more_logit_without_a_value(backend):
     sinks = normal(N)
     logits = jnp.concatenate(
         [
-            jnp.einsum("blnh,bsnh->bnls", QUERY, jnp.repeat(KEY, 2, 2)) / np.sqrt(H),
+            jnp.einsum("blnh,bsnh->bnls", QUERY, jnp.repeat(KEY, 2, 2), precision="highest") / np.sqrt(H),
             jnp.broadcast_to(sinks[:, None, None], (B, N, L, 1)),
         ],
         -1,
     )
-    expected = jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(logits)[..., :-1], jnp.repeat(VALUE, 2, 2))
+    expected = jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(logits)[..., :-1], jnp.repeat(VALUE, 2, 2), precision="highest")
     with sdpa_kernel(backend):
         out, lse = dot_product_attention(QUERY, KEY, VALUE, sinks=sinks, return_residual=True)
     np.testing.assert_allclose(out, expected, atol=2e-6)
