@@ -23,7 +23,7 @@ class Flash(Implementation):
     heading = "Flash attention kernel not used because:"
 
     def reasons_against(self, request: SdpaRequest, device: Device) -> list[str]:
-        reasons = ["Flash attention is not supported yet: this version has no kernel for it."]
+        reasons = ["Flash attention is not supported yet: its kernel has not run on a GPU yet."]
         if device.platform != "cuda":
             reasons.append(f"Flash attention runs on NVIDIA GPUs, the program is for {device}.")
         elif device.architecture is None:

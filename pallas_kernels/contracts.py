@@ -1,0 +1,71 @@
+"""What a kernel is given: its configuration, checked, and the three questions that it asks of a mask.
+
+A mask is any frozen pytree with the methods of `Mask`. Its arrays come with a leading dim of 1 or B and one number per batch
+entry; a kernel program reads the numbers of its own entry and asks a mask that holds those (`at_batch`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+
+class Mask(Protocol):
+    """Which keys a query may see, as integer arithmetic on positions that runs inside a kernel."""
+
+    def keep(self, q_idx: Any, k_idx: Any) -> Any:
+        """True where query q_idx takes key k_idx; the two broadcast together."""
+        ...
+
+    def kv_range(self, q_lo: Any, q_hi: Any, L: int, S: int) -> tuple[Any, Any]:
+        """[lo, hi): outside of it no query of [q_lo, q_hi) keeps any key."""
+        ...
+
+    def full_range(self, q_lo: Any, q_hi: Any, L: int, S: int) -> tuple[Any, Any]:
+        """[lo, hi): inside of it every query of [q_lo, q_hi) keeps every key."""
+        ...
+
+
+def at_batch(mask: Any, refs: list[Any], b: Any) -> Any:
+    """The mask with the numbers of batch entry b, read from `refs`: its leaves, (1,) or (B,) int32, in global memory."""
+    if any(len(ref.shape) != 1 for ref in refs):
+        raise ValueError("this kernel takes masks with one number per batch entry; segment ids and dense masks have more.")
+    scalars = [ref[0] if ref.shape[0] == 1 else ref[b] for ref in refs]
+    return jax.tree.unflatten(jax.tree.structure(mask), scalars)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How a forward kernel cuts its work; `tuning.py` has the measured rows.
+
+    block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
+    warpgroups: that compute; one more loads. overlap: the next QK and the last PV run under the softmax (FlashAttention-3,
+    arXiv:2407.08608, section 3.2). registers: a thread of (a computing, the loading) warpgroup.
+    """
+
+    block_q: int = 64
+    block_k: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+    overlap: bool = True
+    registers: tuple[int, int] = (240, 24)
+
+    def __post_init__(self) -> None:
+        if self.block_q != 64:
+            raise ValueError(f"block_q must be 64, the rows of one wgmma, got {self.block_q}.")
+        if self.block_k % 64 or not 64 <= self.block_k <= 256:
+            raise ValueError(f"block_k must be 64, 128, 192 or 256, got {self.block_k}.")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages}: one tile computes while another loads.")
+        if self.warpgroups not in (1, 2, 3):
+            raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
+        if 128 * (self.warpgroups * self.registers[0] + self.registers[1]) > 65536:
+            wanted = f"{self.warpgroups} x {self.registers[0]} + {self.registers[1]}"
+            raise ValueError(f"registers must be at most 512 over all warpgroups, the file of a Hopper SM; {wanted} are more.")
+
+    @property
+    def rows(self) -> int:
+        """Query rows of one program."""
+        return self.block_q * self.warpgroups

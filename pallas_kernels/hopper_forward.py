@@ -1,0 +1,361 @@
+"""Attention forward on Hopper (sm_90), Mosaic GPU: FlashAttention-2's tiles with FlashAttention-3's warp specialisation.
+
+Algorithm: Dao, arXiv:2307.08691, algorithm 1 (rows own their softmax, keys stream past); Shah et al., arXiv:2407.08608, sections
+3.1 and 3.2 (a loading warpgroup feeds computing ones; the next QK and the last PV are in flight under the softmax).
+
+Grid (batch, query head, row tile); row tiles with most work first, where they differ. A program owns `warpgroups` x 64 query
+rows of one head and walks the key tiles that its mask leaves, in one loop; a branch in it masks the tiles that the mask cuts
+(two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises every wgmma, C7513, NOTES.md).
+
+Who waits for what, per stage of the ring (a slot holds one tile of K and one of V):
+
+    k_ready, v_ready   loader -> computers    the tile has arrived (TMA counts its bytes)
+    k_free, v_free     computers -> loader    every computing warpgroup has read it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import online_softmax
+from pallas_kernels.contracts import ForwardConfig, at_batch
+from pallas_kernels.online_softmax import LOG2E, over_columns
+
+SCRATCH = ("q_s", "k_s", "v_s", "lse_s", "q_ready", "k_ready", "v_ready", "k_free", "v_free")  # and out_s, where Ev differs
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardShape:
+    """The static facts of a call: what the kernel is compiled for."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    query_len: int
+    key_len: int
+    head_dim: int
+    value_head_dim: int
+    dtype: Any
+    layout: str  # 'BHLE' or 'BLHE'
+    scale: float
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        return self.q_heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Wgmma:
+    """The matrix products, in hardware or, where the kernel is interpreted, as plain dots. The only code that knows which.
+
+    Mosaic's interpreter has no accumulator state and no register operand; its dots read shared memory, which the race
+    detector wants committed before TMA writes there again.
+    """
+
+    interpret: bool
+
+    def _dot(self, a: Any, b: Any) -> Any:
+        result = jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return result
+
+    def scores(self, q: Any, k: Any) -> Any:
+        """q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32."""
+        kt = k.transpose((1, 0))
+        if self.interpret:
+            return self._dot(q, kt)
+
+        def body(acc: Any) -> Any:
+            plgpu.wgmma(acc, q, kt)
+            return acc[...]
+
+        return pl.run_scoped(body, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+
+    def add(self, acc: Any, p: Any, v: Any) -> Any:
+        """acc + p @ v: p (rows, keys) in registers, v (keys, Ev) in shared memory."""
+        if self.interpret:
+            return acc + self._dot(p, v)
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))(plgpu.ACC.init(acc))
+
+    def step(
+        self, q: Any, k: Any, acc: Any, p: Any, v: Any, before_v: Callable[[], None], after_k: Callable[[], None],
+        softmax: Callable[..., tuple[Any, ...]], state: tuple[Any, Any],
+    ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+        """(acc + p @ v, softmax(q @ k.T, *state)): both products issued at once, the second still running under the softmax."""
+        if self.interpret:
+            s = self._dot(q, k.transpose((1, 0)))
+            before_v()
+            acc = acc + self._dot(p, v)
+            after_k()
+            return acc, softmax(s, *state)
+
+        def stage(refs: Any) -> None:
+            acc_ref, m_ref, l_ref, shrink_ref, p_ref = refs
+            p_now = p_ref[...]
+
+            def products(s_ref: Any) -> Any:
+                plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
+                before_v()
+                plgpu.wgmma(acc_ref, p_now, v)
+                return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)  # of the two the scores only
+
+            s = pl.run_scoped(products, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+            after_k()
+            m_ref[...], l_ref[...], shrink_ref[...], p_ref[...] = softmax(s, m_ref[...], l_ref[...])
+
+        m, l = state
+        acc, *after = pl.run_state(stage)((plgpu.ACC.init(acc), m, l, m, p))
+        return acc, tuple(after)
+
+
+def _ranges(mask: Any, q_lo: Any, rows: int, shape: ForwardShape, block_k: int) -> tuple[Any, Any, Any, Any]:
+    """(first, first FULL, behind the last FULL, behind the last) key tile of the rows [q_lo, q_lo + rows); at least one tile."""
+    L, S = shape.query_len, shape.key_len
+    lo, hi, full_lo, full_hi = 0, S, 0, S
+    if mask is not None:
+        lo, hi = mask.kv_range(q_lo, q_lo + rows, L, S)
+        full_lo, full_hi = mask.full_range(q_lo, q_lo + rows, L, S)
+    tiles = cdiv(S, block_k)
+
+    def i32(x: Any) -> Any:
+        return jnp.asarray(x, jnp.int32)
+
+    first = jnp.minimum(lax.div(i32(lo), i32(block_k)), tiles - 1)
+    last = jnp.maximum(lax.div(i32(hi) + (block_k - 1), i32(block_k)), first + 1)
+    full_first = jnp.clip(lax.div(i32(full_lo) + (block_k - 1), i32(block_k)), first, last)
+    full_last = jnp.clip(lax.div(i32(full_hi), i32(block_k)), full_first, last)
+    return first, full_first, full_last, last
+
+
+def forward(
+    shape: ForwardShape, config: ForwardConfig, mask: Any = None, *, generator: Any = None, interpret: Any = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function (query, key, value, mask_arrays, sinks, dropout_seeds) -> (out, lse).
+
+    `out = softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L) natural and float32.
+
+    Args:
+        mask: a `contracts.Mask` whose leaves are (1,) or (B,) int32 (placeholders will do), or None.
+        generator: what makes dropout bits, with `query_words`, `key_words` and `keep_words`; None without dropout.
+        interpret: `plgpu.InterpretGPUParams` to run it without a GPU.
+    """
+    B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
+    E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
+    bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
+    stages = min(config.stages, cdiv(S, bk)) if cdiv(S, bk) > 1 else 1
+    tiles_q = cdiv(L, config.rows)
+    products = Wgmma(interpret is not None)
+    drops = shape.dropout_p > 0
+    leaves = len(jax.tree.leaves(mask))
+    ragged = S % bk != 0
+    # a positive factor may wait for the exponent; any other is applied to the scores, where softcap wants it too
+    waits = shape.scale > 0 and shape.softcap is None
+    factor = shape.scale * LOG2E if waits else LOG2E
+
+    def transforms(dim: int) -> tuple[Any, ...]:
+        swizzle = plgpu.find_swizzle(dim * 16, "attention tile")
+        return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+
+    def at(ref: Any, b: Any, start: Any, length: int, h: Any) -> Any:
+        """Rows [start, start + length) of one head of an operand."""
+        return ref.at[b, h, pl.ds(start, length)] if shape.layout == "BHLE" else ref.at[b, pl.ds(start, length), h]
+
+    def kernel(*refs: Any) -> None:
+        given, scratch = list(refs[: -len(SCRATCH) - bool(E != Ev)]), refs[-len(SCRATCH) - bool(E != Ev) :]
+        q_ref, k_ref, v_ref, *given = given
+        mask_refs, given = given[:leaves], given[leaves:]
+        sinks_ref: Any = given.pop(0) if shape.sinks else None
+        seeds_ref: Any = given.pop(0) if drops else None
+        out_ref, lse_ref = given
+        q_s, k_s, v_s, *out_s, lse_s, q_ready, k_ready, v_ready, k_free, v_free = scratch
+        b, h, tile, wg = (lax.axis_index(name) for name in ("b", "h", "q", "wg"))
+        tile = tiles_q - 1 - tile  # causal: the last rows have most keys, and start first
+        # the walk goes from the last key tile to the first: step i takes tile last - 1 - i
+        own_mask = None if mask is None else at_batch(mask, mask_refs, b)
+        first, _, _, last = _ranges(own_mask, tile * config.rows, config.rows, shape, bk)
+        steps = last - first
+
+        def slot(i: Any) -> Any:
+            return lax.rem(i, jnp.int32(stages))
+
+        @pl.when(wg < n_wg)
+        def _compute() -> None:
+            if interpret is None:
+                plgpu.set_max_registers(config.registers[0], action="increase")
+            base = tile * config.rows + wg * bq
+            q_tile = q_s.at[wg]
+            plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_tile, q_ready.at[wg])
+            _, full_first, full_last, _ = _ranges(own_mask, base, bq, shape, bk)
+            words: Any = None
+            if drops:
+                rows = plgpu.broadcasted_iota(jnp.int32, (bq,), 0, layout=ROW) + base
+                words = generator.query_words(seeds_ref[b, h, 0], seeds_ref[b, h, 1], rows)
+
+            def full(shape_: tuple[int, ...], value: Any, layout: Any) -> Any:
+                return plgpu.layout_cast(jnp.full(shape_, value, jnp.float32), layout)
+
+            def k_idx(i: Any) -> Any:
+                return plgpu.broadcasted_iota(jnp.int32, (bq, bk), 1, layout=TILE) + (last - 1 - i) * bk
+
+            def kept(i: Any) -> Any:
+                k = k_idx(i)
+                q = plgpu.broadcasted_iota(jnp.int32, (bq, bk), 0, layout=TILE) + base
+                ok = None if own_mask is None else own_mask.keep(q, k)
+                inside = k < S
+                return inside if ok is None else (ok & inside if ragged else ok)
+
+            def is_partial(i: Any) -> Any:
+                return (last - 1 - i < full_first) | (last - 1 - i >= full_last)
+
+            def softmax(s: Any, m: Any, l: Any, i: Any) -> tuple[Any, ...]:
+                """(m, l, shrink, p in the operands' dtype) after step i's scores (bq, bk)."""
+                if not waits:
+                    s = s * shape.scale
+                if shape.softcap is not None:
+                    # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
+                    s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
+                if mask is not None or ragged:
+                    s = lax.cond(is_partial(i), lambda s: jnp.where(kept(i), s, -jnp.inf), lambda s: s, s)
+                m, l, shrink, p = online_softmax.update(s, factor, m, l)
+                if drops:
+                    a, c = words
+                    keep = generator.keep_words(
+                        over_columns(a, p), over_columns(c, p), generator.key_words(seeds_ref[b, h, 1], k_idx(i)), shape.dropout_p
+                    )
+                    # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
+                    p = lax.optimization_barrier(jnp.where(keep, p, 0.0))
+                return m, l, shrink, p.astype(dtype)
+
+            m, l = full((bq,), -jnp.inf, ROW), full((bq,), 0.0, ROW)
+            if sinks_ref is not None:
+                sink = sinks_ref[0 if sinks_ref.shape[0] == 1 else b, h] * LOG2E
+                m, l = full((bq,), sink, ROW), full((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
+            acc = full((bq, Ev), 0.0, TILE)
+            plgpu.barrier_wait(q_ready.at[wg])
+
+            if config.overlap:
+                plgpu.barrier_wait(k_ready.at[0])
+                s = products.scores(q_tile, k_s.at[0])
+                plgpu.barrier_arrive(k_free.at[0])
+                m, l, _, p = softmax(s, m, l, jnp.int32(0))
+
+                def overlapped(i: Any, state: Any) -> Any:
+                    acc, m, l, p = state
+                    now, before = slot(i), slot(i - 1)
+                    plgpu.barrier_wait(k_ready.at[now])
+                    acc, (m, l, shrink, p) = products.step(
+                        q_tile, k_s.at[now], acc, p, v_s.at[before],
+                        lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
+                        functools.partial(softmax, i=i), (m, l),
+                    )  # fmt: skip
+                    plgpu.barrier_arrive(v_free.at[before])
+                    return acc * over_columns(shrink, acc), m, l, p
+
+                acc, m, l, p = lax.fori_loop(jnp.int32(1), steps, overlapped, (acc, m, l, p))
+                end = slot(steps - 1)
+                plgpu.barrier_wait(v_ready.at[end])
+                acc = products.add(acc, p, v_s.at[end])
+                plgpu.barrier_arrive(v_free.at[end])
+            else:
+
+                def plain(i: Any, state: Any) -> Any:
+                    acc, m, l = state
+                    now = slot(i)
+                    plgpu.barrier_wait(k_ready.at[now])
+                    s = products.scores(q_tile, k_s.at[now])
+                    plgpu.barrier_arrive(k_free.at[now])
+                    m, l, shrink, p = softmax(s, m, l, i)
+                    acc = acc * over_columns(shrink, acc)
+                    plgpu.barrier_wait(v_ready.at[now])
+                    acc = products.add(acc, p, v_s.at[now])
+                    plgpu.barrier_arrive(v_free.at[now])
+                    return acc, m, l
+
+                acc, m, l = lax.fori_loop(jnp.int32(0), steps, plain, (acc, m, l))
+
+            share, lse = online_softmax.finish(m, l)
+            if drops:
+                share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
+            out_tile = out_s[0].at[wg] if out_s else q_tile  # q is read for the last time: its memory will do
+            out_tile[...] = (acc * over_columns(share, acc)).astype(dtype)
+            lse_s[wg] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_tile, at(out_ref, b, base, bq, h))
+            plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == n_wg)
+        def _load() -> None:
+            if interpret is None:
+                plgpu.set_max_registers(config.registers[1], action="decrease")
+            kv_head = lax.div(h, jnp.int32(shape.group))
+
+            def load(i: Any, _: Any, wait: bool) -> None:
+                start, now = (last - 1 - i) * bk, slot(i)
+                if wait:
+                    plgpu.barrier_wait(k_free.at[now])
+                plgpu.copy_gmem_to_smem(at(k_ref, b, start, bk, kv_head), k_s.at[now], k_ready.at[now])
+                if wait:
+                    plgpu.barrier_wait(v_free.at[now])
+                plgpu.copy_gmem_to_smem(at(v_ref, b, start, bk, kv_head), v_s.at[now], v_ready.at[now])
+
+            filled = jnp.minimum(steps, stages)
+            lax.fori_loop(jnp.int32(0), filled, functools.partial(load, wait=False), None)
+            lax.fori_loop(filled, steps, functools.partial(load, wait=True), None)
+
+            def drain(i: Any, _: Any) -> None:  # every completed phase must be waited for before the program ends
+                plgpu.barrier_wait(k_free.at[slot(i)])
+                plgpu.barrier_wait(v_free.at[slot(i)])
+
+            lax.fori_loop(steps - filled, steps, drain, None)
+
+    out_shape = (B, Hq, L, Ev) if shape.layout == "BHLE" else (B, L, Hq, Ev)
+    lse_len = cdiv(L, 4) * 4  # TMA wants strides of 16 bytes
+    smem, barrier = plgpu.SMEM, plgpu.Barrier
+    call = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(out_shape, dtype), jax.ShapeDtypeStruct((B, Hq, lse_len), jnp.float32)],
+        grid=(B, Hq, tiles_q),
+        grid_names=("b", "h", "q"),
+        num_threads=n_wg + 1,
+        thread_name="wg",
+        scratch_types=[
+            smem((n_wg, bq, E), dtype, transforms=transforms(E)),
+            smem((stages, bk, E), dtype, transforms=transforms(E)),
+            smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
+            *([] if E == Ev else [smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))]),
+            smem((n_wg, bq), jnp.float32),
+            barrier(num_barriers=n_wg),
+            barrier(num_barriers=stages),
+            barrier(num_barriers=stages),
+            barrier(num_arrivals=n_wg, num_barriers=stages),
+            barrier(num_arrivals=n_wg, num_barriers=stages),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+
+    def run(query: Any, key: Any, value: Any, mask_arrays: list[Any], sinks: Any, seeds: Any) -> tuple[jax.Array, jax.Array]:
+        more = [*([sinks.astype(jnp.float32)] if shape.sinks else []), *([jnp.broadcast_to(seeds, (B, Hq, 2))] if drops else [])]
+        out, lse = call(query, key, value, *mask_arrays, *more)
+        return out, lse[:, :, :L]
+
+    return run

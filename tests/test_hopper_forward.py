@@ -1,0 +1,153 @@
+"""The Hopper forward kernel in Mosaic's interpreter, with race detection: masks, layouts, lengths around its tiles; and lowered.
+
+What the interpreter does not model (asynchronous wgmma, layouts, registers) only a GPU shows. Sizes are tiny: a program a test.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import dropped, make
+from oracle import band, check, lengths
+
+from jax_sdpa import compat, dropout
+from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, sliding_window
+from pallas_kernels.contracts import ForwardConfig
+
+pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
+
+PLAIN = ForwardConfig(overlap=False)
+NARROW = ForwardConfig(block_k=64)
+THREE = ForwardConfig(overlap=False, warpgroups=3, registers=(160, 32))
+
+
+def kernel(problem, dtype, layout, mask, config, key, p, interpret=True):
+    """(the compiled-to-be function, its arguments) of a Problem whose arrays are (B, H, length, dim)."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.hopper_forward import ForwardShape, forward
+
+    (B, Hq, L, E), (_, H, S, Ev) = problem.query.shape, problem.value.shape
+    scale = E**-0.5 if problem.scale is None else float(problem.scale)
+    shape = ForwardShape(B, Hq, H, L, S, E, Ev, dtype, layout, scale, problem.softcap, p, problem.sinks is not None)
+    mask = None if mask is None else mask.with_batch((B,))
+    run = forward(
+        shape, config, mask, generator=dropout if p else None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )  # fmt: skip
+    operands = [jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value)]
+    operands = [jnp.swapaxes(x, 1, 2) for x in operands] if layout == "BLHE" else operands
+    sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
+    return run, (*operands, jax.tree.leaves(mask), sinks, dropout.seeds(key, B, Hq) if p else None)
+
+
+def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0):
+    run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p)
+    out, lse = jax.jit(run)(*args)
+    return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
+
+
+def sinks(*values):
+    return np.array(values, np.float64)
+
+
+CASES = {
+    "one tile": lambda: (make(128, 128, B=1, Hq=1, E=64), {}),
+    "8 x 8": lambda: (make(8, 8, B=1, Hq=1, E=64), {}),
+    "8 x 264, scale 0": lambda: (make(8, 264, B=1, Hq=1, E=64, scale=0.0), {}),
+    "block - 8 and + 8, (B, L, H, E), grouped": lambda: (make(120, 136, B=2, Hq=4, Hk=2, E=64), {"layout": "BLHE"}),
+    "causal": lambda: (make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0)), {"mask": causal()}),
+    "causal, first rows empty, plain": lambda: (
+        make(200, 136, B=1, Hq=1, E=64, keep=band(200, 136, -1, 0, -72)), {"mask": causal(-72), "config": PLAIN}
+    ),
+    "window over narrow tiles": lambda: (
+        make(136, 264, B=1, Hq=1, E=64, keep=band(136, 264, 70, 0, 100)), {"mask": sliding_window(70, 0, 100), "config": NARROW}
+    ),
+    "window, three warpgroups": lambda: (
+        make(200, 264, B=1, Hq=1, E=64, keep=band(200, 264, 70, 3, 50)), {"mask": sliding_window(70, 3, 50), "config": THREE}
+    ),
+    "key lengths, one of them 0": lambda: (
+        make(72, 200, B=2, Hq=2, Hk=1, E=64, keep=lengths(72, 200, [150, 0])), {"mask": KeyLengths(jnp.array([150, 0])), "layout": "BLHE"}
+    ),
+    "lengths with starts, and traced offsets": lambda: (
+        make(72, 200, B=2, Hq=1, E=64, keep=lengths(72, 200, [190, 33], [40, 0]) & band(72, 200, -1, 0, np.array([128, -20]))),
+        {"mask": KeyLengths(jnp.array([190, 33]), jnp.array([40, 0])) & causal(jnp.array([128, -20]))},
+    ),
+    "query lengths": lambda: (
+        make(136, 136, B=1, Hq=1, E=64, keep=(np.arange(136) < 70)[:, None]), {"mask": QueryLengths(jnp.array([70]))}
+    ),
+    "E 128, Ev 64, negative scale": lambda: (make(64, 136, B=1, Hq=1, E=128, Ev=64, scale=-0.3), {}),
+    "E 64, Ev 128, softcap, float16": lambda: (make(64, 136, B=1, Hq=1, E=64, Ev=128, softcap=2.0), {"dtype": jnp.float16}),
+    "E 256": lambda: (make(64, 136, B=1, Hq=1, E=256), {"config": NARROW}),
+    "E 96": lambda: (make(64, 136, B=1, Hq=1, E=96), {}),
+    "sinks, one of -inf, empty rows": lambda: (
+        make(64, 136, B=2, Hq=2, E=64, sinks=sinks(1.0, -np.inf), keep=lengths(64, 136, [0, 30])), {"mask": KeyLengths(jnp.array([0, 30]))}
+    ),
+    "dropout, causal": lambda: (
+        make(64, 136, B=2, Hq=2, Hk=1, E=64, keep=band(64, 136, -1, 0, 72), survivors=dropped(jax.random.key(1), 2, 2, 64, 136, 0.3)),
+        {"mask": causal(72), "key": jax.random.key(1), "p": 0.3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_interpreted_kernel_gives_the_oracles_numbers(name):
+    problem, options = CASES[name]()
+    problem = problem.rounded(options.get("dtype", jnp.bfloat16))
+    check(problem, on_kernel(problem, **options))
+
+
+def test_x64_changes_nothing():
+    """The interpreter's threads read the global setting, not the context's."""
+    problem = make(72, 136, B=1, Hq=1, E=64, keep=band(72, 136, -1, 0, 64)).rounded(jnp.bfloat16)
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        check(problem, on_kernel(problem, mask=causal(64)))
+        run, args = kernel(problem, jnp.bfloat16, "BHLE", causal(64), ForwardConfig(), None, 0.0, interpret=False)
+        jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",))
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def test_masked_keys_may_hold_nan_and_values_behind_the_end_do_not_exist():
+    """A masked score is never looked at; rows past S of the last tile are zeros that TMA fills in."""
+    problem = make(72, 200, B=1, Hq=1, E=64, keep=lengths(72, 200, [150])).rounded(jnp.bfloat16)
+    poisoned = problem.key.copy()
+    poisoned[:, :, 150:] = np.nan
+    check(problem, on_kernel(problem.but(key=poisoned), mask=KeyLengths(jnp.array([150]))))
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "lengths with starts, and traced offsets", "dropout, causal", "E 128, Ev 64, negative scale"]
+)
+def test_the_kernel_lowers_for_cuda(name):
+    """Layouts, TMA's alignment and shared memory are checked by the lowering; no GPU is needed for it."""
+    problem, options = CASES[name]()
+    run, args = kernel(
+        problem, jnp.bfloat16, options.get("layout", "BHLE"), options.get("mask"), ForwardConfig(), options.get("key"),
+        options.get("p", 0.0), interpret=False,
+    )  # fmt: skip
+    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 1
+
+
+def test_masks_with_an_array_of_positions_are_refused():
+    problem = make(64, 64, B=1, Hq=1, E=64)
+    with pytest.raises(ValueError, match="one number per batch entry"):
+        on_kernel(problem, mask=SegmentIds(jnp.zeros((1, 64), jnp.int32)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_q": 128}, "block_q must be 64"),
+        ({"block_k": 96}, "block_k must be 64, 128"),
+        ({"stages": 1}, "stages must be at least 2"),
+        ({"warpgroups": 4}, "warpgroups must be 1, 2 or 3"),
+        ({"warpgroups": 3}, "registers must be at most 512"),
+    ],
+)
+def test_a_configuration_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ForwardConfig(**options)
