@@ -41,8 +41,8 @@ def kernel(problem, dtype, layout, mask, config, key, p, interpret=True):
     return run, (*operands, jax.tree.leaves(mask), sinks, dropout.seeds(key, B, Hq) if p else None)
 
 
-def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0):
-    run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p)
+def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, interpret=True):
+    run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p, interpret)
     out, lse = jax.jit(run)(*args)
     return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
 
@@ -95,6 +95,30 @@ def test_the_interpreted_kernel_gives_the_oracles_numbers(name):
     problem, options = CASES[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
     check(problem, on_kernel(problem, **options))
+
+
+ON_A_GPU = {
+    **CASES,
+    "long, full": lambda: (make(1024, 2048, B=1, Hq=2, Hk=1, E=128), {}),
+    "long, causal": lambda: (make(2048, 2048, B=1, Hq=2, E=128, keep=band(2048, 2048, -1, 0)), {"mask": causal()}),
+    "long, window, odd tiles": lambda: (
+        make(1032, 1544, B=1, Hq=2, E=64, keep=band(1032, 1544, 300, 5, 512)), {"mask": sliding_window(300, 5, 512), "config": THREE}
+    ),
+    "192 and 128": lambda: (make(520, 776, B=1, Hq=2, E=192, Ev=128), {"config": NARROW}),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_the_compiled_kernel_gives_the_oracles_numbers_and_the_same_bits(name):
+    problem, options = ON_A_GPU[name]()
+    problem = problem.rounded(options.get("dtype", jnp.bfloat16))
+    got = on_kernel(problem, **options, interpret=False)
+    check(problem, got)
+    for _ in range(3):
+        again = on_kernel(problem, **options, interpret=False)
+        for what, x in got.items():
+            np.testing.assert_array_equal(again[what].view(np.uint8), x.view(np.uint8), err_msg=what)
 
 
 def test_x64_changes_nothing():
