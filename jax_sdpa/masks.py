@@ -14,6 +14,7 @@ dims where it holds arrays (a loop bound). A new kind of mask is one class here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -116,6 +117,20 @@ class Mask:
     def padded(self, more_q: Index, more_k: Index) -> Mask:
         """The same mask for longer arrays, whose additional positions somebody else masks."""
         return self
+
+    def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
+        """The mask of one tile in a kernel: each array with a number per batch entry replaced by `number(array)`, ids of
+        queries and of keys by `by_query` and `by_key` of theirs. Nothing is checked: the arrays may be references to memory."""
+        changes = {name: number for name, rank in (entry.split(":") for entry in self.arrays) if rank == "0"}
+        return self._replaced({**changes, **({"query": by_query, "key": by_key} if "query:1" in self.arrays else {})})
+
+    def _replaced(self, changes: dict[str, Callable[[Any], Any]]) -> Self:
+        mask = object.__new__(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            change = None if value is None or isinstance(value, int) else changes.get(field.name)
+            object.__setattr__(mask, field.name, value if change is None else change(value))
+        return mask
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         raise NotImplementedError
@@ -377,6 +392,15 @@ class And(Mask):
 
     def parts(self, L: Index, S: Index) -> tuple[Mask, ...]:
         return tuple(part for mask in self.masks for part in mask.parts(L, S))
+
+    def with_batch(self, batch: BatchShape) -> And:
+        return And(tuple(mask.with_batch(batch) for mask in self.masks))
+
+    def padded(self, more_q: Index, more_k: Index) -> And:
+        return And(tuple(mask.padded(more_q, more_k) for mask in self.masks))
+
+    def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> And:
+        return And(tuple(mask.local(number, by_query, by_key) for mask in self.masks))
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         kept = self.masks[0].keep(q_idx, k_idx)

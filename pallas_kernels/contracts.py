@@ -1,15 +1,14 @@
-"""What a kernel is given: its configuration, checked, and the three questions that it asks of a mask.
+"""What a kernel is given: its configuration, checked, and the questions that it asks of a mask.
 
-A mask is any frozen pytree with the methods of `Mask`. Its arrays come with a leading dim of 1 or B and one number per batch
-entry; a kernel program reads the numbers of its own entry and asks a mask that holds those (`at_batch`).
+A mask is any frozen pytree with the methods of `Mask`. Its arrays come with a leading dim of 1 or B and hold one number per batch
+entry, or an id for each query or key; a kernel program asks a mask that holds what its own tile needs of them (`local`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
-
-import jax
 
 
 class Mask(Protocol):
@@ -27,13 +26,24 @@ class Mask(Protocol):
         """[lo, hi): inside of it every query of [q_lo, q_hi) keeps every key."""
         ...
 
+    def padded(self, more_q: int, more_k: int) -> Any:
+        """The mask with ids for so many more queries and keys."""
+        ...
 
-def at_batch(mask: Any, refs: list[Any], b: Any) -> Any:
-    """The mask with the numbers of batch entry b, read from `refs`: its leaves, (1,) or (B,) int32, in global memory."""
-    if any(len(ref.shape) != 1 for ref in refs):
-        raise ValueError("this kernel takes masks with one number per batch entry; segment ids and dense masks have more.")
-    scalars = [ref[0] if ref.shape[0] == 1 else ref[b] for ref in refs]
-    return jax.tree.unflatten(jax.tree.structure(mask), scalars)
+    def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Any:
+        """The mask of one tile: each array per batch entry, per query, per key replaced by what these make of it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """A tile's ids, (rows, columns), where a mask indexes an array of ids by position: that was done when they were loaded."""
+
+    tile: Any
+    ndim = 1
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,12 +27,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.contracts import ForwardConfig, at_batch
+from pallas_kernels.contracts import ForwardConfig, Ids
 from pallas_kernels.online_softmax import LOG2E, over_columns
 
 SCRATCH = ("q_s", "k_s", "v_s", "lse_s", "q_ready", "k_ready", "v_ready", "k_free", "v_free")  # and out_s, where Ev differs
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -135,14 +136,25 @@ def _ranges(mask: Any, q_lo: Any, rows: int, shape: ForwardShape, block_k: int) 
         full_lo, full_hi = mask.full_range(q_lo, q_lo + rows, L, S)
     tiles = cdiv(S, block_k)
 
-    def i32(x: Any) -> Any:
-        return jnp.asarray(x, jnp.int32)
+    def divided(x: Any) -> Any:  # by block_k; nothing here is negative
+        x = jnp.asarray(x, jnp.int32)
+        return lax.div(x, jnp.full_like(x, block_k))
 
-    first = jnp.minimum(lax.div(i32(lo), i32(block_k)), tiles - 1)
-    last = jnp.maximum(lax.div(i32(hi) + (block_k - 1), i32(block_k)), first + 1)
-    full_first = jnp.clip(lax.div(i32(full_lo) + (block_k - 1), i32(block_k)), first, last)
-    full_last = jnp.clip(lax.div(i32(full_hi), i32(block_k)), full_first, last)
+    first = jnp.minimum(divided(lo), tiles - 1)
+    last = jnp.maximum(divided(hi + (block_k - 1)), first + 1)
+    full_first = jnp.clip(divided(full_lo + (block_k - 1)), first, last)
+    full_last = jnp.clip(divided(full_hi), full_first, last)
     return first, full_first, full_last, last
+
+
+def _all_ranges(mask: Any, shape: ForwardShape, rows: int, block_k: int) -> jax.Array:
+    """(B|1, row tiles, 4): `_ranges` of every program, made by XLA; for masks whose ids a program cannot look through."""
+
+    def of_tile(q_lo: Any) -> jax.Array:
+        found = (jnp.atleast_1d(bound) for bound in _ranges(mask, q_lo, rows, shape, block_k))
+        return jnp.stack(jnp.broadcast_arrays(*found), axis=-1)
+
+    return jax.vmap(of_tile, out_axes=1)(jnp.arange(cdiv(shape.query_len, rows), dtype=jnp.int32) * rows)
 
 
 def forward(
@@ -153,7 +165,7 @@ def forward(
     `out = softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L) natural and float32.
 
     Args:
-        mask: a `contracts.Mask` whose leaves are (1,) or (B,) int32 (placeholders will do), or None.
+        mask: a `contracts.Mask`, or None; its leaves, (1,) or (B,) or ids (1|B, length), all int32, are the mask_arrays.
         generator: what makes dropout bits, with `query_words`, `key_words` and `keep_words`; None without dropout.
         interpret: `plgpu.InterpretGPUParams` to run it without a GPU.
     """
@@ -164,7 +176,9 @@ def forward(
     tiles_q = cdiv(L, config.rows)
     products = Wgmma(interpret is not None)
     drops = shape.dropout_p > 0
-    leaves = len(jax.tree.leaves(mask))
+    arrays, structure = jax.tree.flatten(mask)
+    has_ids = any(len(array.shape) == 2 for array in arrays)
+    leaves = len(arrays) + has_ids
     ragged = S % bk != 0
     # a positive factor may wait for the exponent; any other is applied to the scores, where softcap wants it too
     waits = shape.scale > 0 and shape.softcap is None
@@ -189,8 +203,24 @@ def forward(
         b, h, tile, wg = (lax.axis_index(name) for name in ("b", "h", "q", "wg"))
         tile = tiles_q - 1 - tile  # causal: the last rows have most keys, and start first
         # the walk goes from the last key tile to the first: step i takes tile last - 1 - i
-        own_mask = None if mask is None else at_batch(mask, mask_refs, b)
-        first, _, _, last = _ranges(own_mask, tile * config.rows, config.rows, shape, bk)
+
+        def entry(ref: Any) -> Any:
+            return 0 if ref.shape[0] == 1 else b
+
+        def mask_at(by_query: Any = None, by_key: Any = None) -> Any:
+            """The mask with the numbers of this batch entry, and the ids of a tile."""
+            if mask is None:
+                return None
+            of_refs = jax.tree.unflatten(structure, mask_refs[: len(arrays)])
+            return of_refs.local(lambda ref: ref[entry(ref)], by_query, by_key)
+
+        def ranges(q_lo: Any, rows: int) -> tuple[Any, Any, Any, Any]:
+            if not has_ids:
+                return _ranges(mask_at(), q_lo, rows, shape, bk)
+            found = mask_refs[-1]
+            return tuple(found[entry(found), tile, n] for n in range(4))  # type: ignore[return-value]
+
+        first, _, _, last = ranges(tile * config.rows, config.rows)
         steps = last - first
 
         def slot(i: Any) -> Any:
@@ -203,7 +233,7 @@ def forward(
             base = tile * config.rows + wg * bq
             q_tile = q_s.at[wg]
             plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_tile, q_ready.at[wg])
-            _, full_first, full_last, _ = _ranges(own_mask, base, bq, shape, bk)
+            _, full_first, full_last, _ = ranges(base, bq)
             words: Any = None
             if drops:
                 rows = plgpu.broadcasted_iota(jnp.int32, (bq,), 0, layout=ROW) + base
@@ -215,10 +245,19 @@ def forward(
             def k_idx(i: Any) -> Any:
                 return plgpu.broadcasted_iota(jnp.int32, (bq, bk), 1, layout=TILE) + (last - 1 - i) * bk
 
+            def ids(ref: Any, start: Any, length: int, layout: Any, axis: int) -> Ids:
+                tile_ref = ref.at[entry(ref), pl.ds(start, length)]
+                loaded = plgpu.load(tile_ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
+                return Ids(lax.broadcast_in_dim(loaded, (bq, bk), [axis]))
+
             def kept(i: Any) -> Any:
                 k = k_idx(i)
                 q = plgpu.broadcasted_iota(jnp.int32, (bq, bk), 0, layout=TILE) + base
-                ok = None if own_mask is None else own_mask.keep(q, k)
+                own = mask_at(
+                    functools.partial(ids, start=base, length=bq, layout=ROW, axis=0),
+                    functools.partial(ids, start=(last - 1 - i) * bk, length=bk, layout=COLUMN, axis=1),
+                )
+                ok = None if own is None else own.keep(q, k)
                 inside = k < S
                 return inside if ok is None else (ok & inside if ragged else ok)
 
@@ -355,6 +394,11 @@ def forward(
 
     def run(query: Any, key: Any, value: Any, mask_arrays: list[Any], sinks: Any, seeds: Any) -> tuple[jax.Array, jax.Array]:
         more = [*([sinks.astype(jnp.float32)] if shape.sinks else []), *([jnp.broadcast_to(seeds, (B, Hq, 2))] if drops else [])]
+        if has_ids:
+            whole = jax.tree.unflatten(structure, mask_arrays)
+            found = _all_ranges(whole, shape, config.rows, bk)
+            whole = whole.padded(tiles_q * config.rows - L, cdiv(S, bk) * bk - S)  # a tile's ids are loaded whole
+            mask_arrays = [*jax.tree.leaves(whole), found]
         out, lse = call(query, key, value, *mask_arrays, *more)
         return out, lse[:, :, :L]
 

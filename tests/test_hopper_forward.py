@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import dropped, make
-from oracle import band, check, lengths
+from oracle import band, check, lengths, same_segment
 
 from jax_sdpa import compat, dropout
 from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, sliding_window
@@ -47,6 +47,9 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
     return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
 
 
+PACKED = np.stack([np.repeat([0, 1, 2, -1], [70, 58, 60, 12]), np.repeat([0, 1], [3, 197])])  # ids of two packed rows
+
+
 def sinks(*values):
     return np.array(values, np.float64)
 
@@ -72,6 +75,14 @@ CASES = {
     "lengths with starts, and traced offsets": lambda: (
         make(72, 200, B=2, Hq=1, E=64, keep=lengths(72, 200, [190, 33], [40, 0]) & band(72, 200, -1, 0, np.array([128, -20]))),
         {"mask": KeyLengths(jnp.array([190, 33]), jnp.array([40, 0])) & causal(jnp.array([128, -20]))},
+    ),
+    "segments, packed, causal": lambda: (
+        make(200, 200, B=2, Hq=2, Hk=1, E=64, keep=same_segment(PACKED, PACKED) & band(200, 200, -1, 0)),
+        {"mask": SegmentIds(jnp.asarray(PACKED)) & causal(), "layout": "BLHE"},
+    ),
+    "segments, L != S, shared by the batch, plain": lambda: (
+        make(72, 264, B=2, Hq=1, E=64, keep=same_segment(np.arange(72) // 30, np.arange(264) // 100)),
+        {"mask": SegmentIds(jnp.arange(72) // 30, jnp.arange(264) // 100), "config": PLAIN},
     ),
     "query lengths": lambda: (
         make(136, 136, B=1, Hq=1, E=64, keep=(np.arange(136) < 70)[:, None]), {"mask": QueryLengths(jnp.array([70]))}
@@ -154,12 +165,6 @@ def test_the_kernel_lowers_for_cuda(name):
     )  # fmt: skip
     text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
-
-
-def test_masks_with_an_array_of_positions_are_refused():
-    problem = make(64, 64, B=1, Hq=1, E=64)
-    with pytest.raises(ValueError, match="one number per batch entry"):
-        on_kernel(problem, mask=SegmentIds(jnp.zeros((1, 64), jnp.int32)))
 
 
 @pytest.mark.parametrize(

@@ -313,3 +313,18 @@ def test_errors(name):
     call, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_tile_asks_a_mask_that_holds_its_own_numbers_and_ids():
+    """`local` is what a kernel does: one batch entry's numbers, one tile's ids; keep() of it is that part of the picture."""
+    from pallas_kernels.contracts import Ids
+
+    ids = np.array([[0, 0, 1, 1, 1, -1], [2, 2, 2, 0, 0, 0]])
+    mask = causal(jnp.array([0, 2])) & KeyLengths(jnp.array([6, 5]), jnp.array([1, 0])) & SegmentIds(jnp.asarray(ids)) & Band(3, 1)
+    whole = np.broadcast_to(mask.materialise(6, 6), (2, 1, 6, 6))
+    for b, rows, columns in ((0, slice(0, 3), slice(2, 6)), (1, slice(2, 6), slice(0, 5))):
+        local = mask.local(
+            lambda x, b=b: x[b], lambda x, b=b, r=rows: Ids(x[b, r, None]), lambda x, b=b, c=columns: Ids(x[b, None, c])
+        )
+        got = local.keep(np.arange(6)[rows, None], np.arange(6)[None, columns])
+        np.testing.assert_array_equal(got, whole[b, 0, rows, columns])
