@@ -121,16 +121,8 @@ class Mask:
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         """The mask of one tile in a kernel: each array with a number per batch entry replaced by `number(array)`, ids of
         queries and of keys by `by_query` and `by_key` of theirs. Nothing is checked: the arrays may be references to memory."""
-        changes = {name: number for name, rank in (entry.split(":") for entry in self.arrays) if rank == "0"}
-        return self._replaced({**changes, **({"query": by_query, "key": by_key} if "query:1" in self.arrays else {})})
-
-    def _replaced(self, changes: dict[str, Callable[[Any], Any]]) -> Self:
-        mask = object.__new__(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            change = None if value is None or isinstance(value, int) else changes.get(field.name)
-            object.__setattr__(mask, field.name, value if change is None else change(value))
-        return mask
+        arrays, structure = jax.tree.flatten(self)
+        return jax.tree.unflatten(structure, [number(array) for array in arrays])
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         raise NotImplementedError
@@ -326,6 +318,9 @@ class SegmentIds(Mask):
             return jax.lax.pad(jnp.asarray(ids), jnp.asarray(-1, ids.dtype), [(0, 0, 0)] * (ids.ndim - 1) + [(0, more, 0)])
 
         return SegmentIds(longer(self.query, more_q), longer(self.key, more_k))
+
+    def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
+        return jax.tree.unflatten(jax.tree.structure(self), [by_query(self.query), by_key(self.key)])
 
     @staticmethod
     def _at(ids: Any, index: Index) -> Any:

@@ -48,7 +48,7 @@ class Ids:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """How a forward kernel cuts its work; `tuning.py` has the measured rows.
+    """How a forward kernel cuts its work.
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. overlap: the next QK and the last PV run under the softmax (FlashAttention-3,

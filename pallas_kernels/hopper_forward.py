@@ -31,7 +31,6 @@ from pallas_kernels.contracts import ForwardConfig, Ids
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.online_softmax import LOG2E, over_columns
 
-SCRATCH = ("q_s", "k_s", "v_s", "lse_s", "q_ready", "k_ready", "v_ready", "k_free", "v_free")  # and out_s, where Ev differs
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -103,13 +102,13 @@ def forward(
 
     Args:
         mask: a `contracts.Mask`, or None; its leaves, (1,) or (B,) or ids (1|B, length), all int32, are the mask_arrays.
-        generator: what makes dropout bits, with `query_words`, `key_words` and `keep_words`; None without dropout.
+        generator: what makes dropout bits, with `query_words`, `key_words`, `keep_words` and `rounded`; None without dropout.
         interpret: `plgpu.InterpretGPUParams` to run it without a GPU.
     """
     B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
-    stages = min(config.stages, cdiv(S, bk)) if cdiv(S, bk) > 1 else 1
+    stages = min(config.stages, cdiv(S, bk))
     tiles_q = cdiv(L, config.rows)
     products = Wgmma(interpret is not None)
     drops = shape.dropout_p > 0
@@ -129,14 +128,15 @@ def forward(
         """Rows [start, start + length) of one head of an operand."""
         return ref.at[b, h, pl.ds(start, length)] if shape.layout == "BHLE" else ref.at[b, pl.ds(start, length), h]
 
-    def kernel(*refs: Any) -> None:
-        given, scratch = list(refs[: -len(SCRATCH) - bool(E != Ev)]), refs[-len(SCRATCH) - bool(E != Ev) :]
-        q_ref, k_ref, v_ref, *given = given
+    def kernel(
+        q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any,
+        v_ready: Any, k_free: Any, v_free: Any, out_s: Any = None,
+    ) -> None:  # fmt: skip
+        given = list(refs)
         mask_refs, given = given[:leaves], given[leaves:]
         sinks_ref: Any = given.pop(0) if shape.sinks else None
         seeds_ref: Any = given.pop(0) if drops else None
         out_ref, lse_ref = given
-        q_s, k_s, v_s, *out_s, lse_s, q_ready, k_ready, v_ready, k_free, v_free = scratch
         b, h, tile, wg = (lax.axis_index(name) for name in ("b", "h", "q", "wg"))
         tile = tiles_q - 1 - tile  # causal: the last rows have most keys, and start first
         # the walk goes from the last key tile to the first: step i takes tile last - 1 - i
@@ -189,14 +189,15 @@ def forward(
 
             def kept(i: Any) -> Any:
                 k = k_idx(i)
+                inside = k < S
+                if mask is None:
+                    return inside
                 q = plgpu.broadcasted_iota(jnp.int32, (bq, bk), 0, layout=TILE) + base
                 own = mask_at(
                     functools.partial(ids, start=base, length=bq, layout=ROW, axis=0),
                     functools.partial(ids, start=(last - 1 - i) * bk, length=bk, layout=COLUMN, axis=1),
                 )
-                ok = None if own is None else own.keep(q, k)
-                inside = k < S
-                return inside if ok is None else (ok & inside if ragged else ok)
+                return own.keep(q, k) & inside if ragged else own.keep(q, k)
 
             def is_partial(i: Any) -> Any:
                 return (last - 1 - i < full_first) | (last - 1 - i >= full_last)
@@ -270,7 +271,7 @@ def forward(
             share, lse = online_softmax.finish(m, l)
             if drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
-            out_tile = out_s[0].at[wg] if out_s else q_tile  # q is read for the last time: its memory will do
+            out_tile = q_tile if out_s is None else out_s.at[wg]  # q is read for the last time: its memory will do
             out_tile[...] = (acc * over_columns(share, acc)).astype(dtype)
             lse_s[wg] = lse
             plgpu.commit_smem()
@@ -313,18 +314,18 @@ def forward(
         grid_names=("b", "h", "q"),
         num_threads=n_wg + 1,
         thread_name="wg",
-        scratch_types=[
-            smem((n_wg, bq, E), dtype, transforms=transforms(E)),
-            smem((stages, bk, E), dtype, transforms=transforms(E)),
-            smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
-            *([] if E == Ev else [smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))]),
-            smem((n_wg, bq), jnp.float32),
-            barrier(num_barriers=n_wg),
-            barrier(num_barriers=stages),
-            barrier(num_barriers=stages),
-            barrier(num_arrivals=n_wg, num_barriers=stages),
-            barrier(num_arrivals=n_wg, num_barriers=stages),
-        ],
+        scratch_types={
+            "q_s": smem((n_wg, bq, E), dtype, transforms=transforms(E)),
+            "k_s": smem((stages, bk, E), dtype, transforms=transforms(E)),
+            "v_s": smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
+            **({} if E == Ev else {"out_s": smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))}),
+            "lse_s": smem((n_wg, bq), jnp.float32),
+            "q_ready": barrier(num_barriers=n_wg),
+            "k_ready": barrier(num_barriers=stages),
+            "v_ready": barrier(num_barriers=stages),
+            "k_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+            "v_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+        },
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )

@@ -51,9 +51,9 @@ class Wgmma:
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
         """(acc + p @ v, softmax(q @ k.T, *state)): both products issued at once, the second still running under the softmax."""
         if self.interpret:
-            s = self._dot(q, k.transpose((1, 0)))
+            s = self.scores(q, k)
             before_v()
-            acc = acc + self._dot(p, v)
+            acc = self.add(acc, p, v)
             after_k()
             return acc, softmax(s, *state)
 

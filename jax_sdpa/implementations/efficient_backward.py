@@ -20,7 +20,7 @@ from jax import lax
 
 from jax_sdpa.implementations import scores
 from jax_sdpa.implementations.base import Tangents
-from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop, slice_at, times, write_at
+from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop, slice_at, write_at
 from jax_sdpa.implementations.plans import Plan
 from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
 from jax_sdpa.request import SdpaRequest
@@ -83,7 +83,7 @@ class _Backward:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(dk, dv, dq.T, ds) of one tile: (n, bk, E) unscaled by the keys' factor, (n, bk, Ev), (n, E, R * bq), (n, bk, R * bq)."""
         tiles, products = self.tiles, self.tiles.products
-        s, slope = scores.cap(shared, times(products.by_transpose(keys, block.rows), self.chunks.factors.scores))
+        s, slope = scores.cap(shared, tiles.logits(block.rows, keys, by_key=True))
         s = hold(tiles.masked(shared, s, block.q0, k0, masked, by_key=True))
         p = hold(jnp.exp(s - block.top) if block.share is None else jnp.exp(s - block.top) * block.share)
         dp = hold(products.by_transpose(values, block.dout))
@@ -307,16 +307,15 @@ def tangent(
                 k0 = j * bk
                 keys, dkeys = chunks.keys(c, k0, bk), moving_chunks.keys(c, k0, bk)
                 values, dvalues = chunks.take(request.value, c, k0, bk), chunks.take(moving.value, c, k0, bk)
-                products = tiles.products
-                s, slope = scores.cap(shared, times(products.rows_by_keys(rows, keys), chunks.factors.scores))
+                s, slope = scores.cap(shared, tiles.logits(rows, keys))
                 p = jnp.exp(tiles.masked(shared, s, q0, k0, masked) - row_top) * row_share
-                ds = times(products.rows_by_keys(drows, keys) + products.rows_by_keys(rows, dkeys), chunks.factors.scores)
+                ds = tiles.logits(drows, keys) + tiles.logits(rows, dkeys)
                 ds = ds if slope is None else ds * slope
                 if (addend := scores.addend(dshared, q0, bq, k0, bk, dtype)) is not None:
                     ds = chunks.apply(jnp.add, ds, addend)
                 moved = p * ds
-                acc = acc + products.times(tiles.drop(shared, moved, q0, k0), values)
-                return acc + products.times(tiles.drop(shared, p, q0, k0), dvalues), dlse + moved.sum(-1)
+                acc = acc + tiles.products.times(tiles.drop(shared, moved, q0, k0), values)
+                return acc + tiles.products.times(tiles.drop(shared, p, q0, k0), dvalues), dlse + moved.sum(-1)
 
             shape = (chunks.n, R * bq)
             state = (jnp.zeros((*shape, request.value_head_dim), dtype), jnp.zeros(shape, dtype))

@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_sdpa import compat
 from jax_sdpa.implementations import scores
-from jax_sdpa.implementations.chunks import Chunks, Products, loop, times
+from jax_sdpa.implementations.chunks import Chunks, Products, loop, scaled
 from jax_sdpa.masks import KeyLengths
 from jax_sdpa.request import SdpaRequest
 
@@ -43,9 +43,14 @@ class Tiles:
             s = self.chunks.apply(lambda tile, kept: jnp.where(kept, tile, -jnp.inf), s, kept, by_key)
         return s
 
+    def logits(self, rows: jax.Array, keys: jax.Array, by_key: bool = False) -> jax.Array:
+        """scale * q @ k.T of rows and keys that bear their parts of the scale: (n, R * bq, bk), or (n, bk, R * bq) by key."""
+        product = self.products.by_transpose(keys, rows) if by_key else self.products.rows_by_keys(rows, keys)
+        return scaled(product, self.chunks.factors.scores)
+
     def scores(self, shared: SdpaRequest, rows: jax.Array, keys: jax.Array, q0: Any, k0: Any, masked: bool) -> jax.Array:
         """The finished scores of rows (n, R * bq, E), scaled already, against keys (n, bk, E): (n, R * bq, bk)."""
-        s, _ = scores.cap(shared, times(self.products.rows_by_keys(rows, keys), self.chunks.factors.scores))
+        s, _ = scores.cap(shared, self.logits(rows, keys))
         return self.masked(shared, s, q0, k0, masked)
 
     def drop(self, shared: SdpaRequest, p: jax.Array, q0: Any, k0: Any, by_key: bool = False) -> jax.Array:
