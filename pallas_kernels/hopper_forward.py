@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ class ForwardShape:
     value_head_dim: int
     dtype: Any
     layout: str  # 'BHLE' or 'BLHE'
-    scale: float
+    scale: float | None  # None: an operand
     softcap: float | None = None
     dropout_p: float = 0.0
     sinks: bool = False
@@ -96,9 +96,10 @@ def _all_ranges(mask: Any, shape: ForwardShape, rows: int, block_k: int) -> jax.
 def forward(
     shape: ForwardShape, config: ForwardConfig, mask: Any = None, *, generator: Any = None, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A function (query, key, value, mask_arrays, sinks, dropout_seeds) -> (out, lse).
+    """A function (query, key, value, *, mask_arrays, sinks, seeds, scale) -> (out, lse).
 
-    `out = softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L) natural and float32.
+    `out = softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L) natural and float32. TMA wants lengths in eights: the arrays
+    may be longer than the shape's L and S, by zeros; out is as long as query. Head dims are multiples of 16.
 
     Args:
         mask: a `contracts.Mask`, or None; its leaves, (1,) or (B,) or ids (1|B, length), all int32, are the mask_arrays.
@@ -117,8 +118,8 @@ def forward(
     leaves = len(arrays) + has_ids
     ragged = S % bk != 0
     # a positive factor may wait for the exponent; any other is applied to the scores, where softcap wants it too
-    waits = shape.scale > 0 and shape.softcap is None
-    factor = shape.scale * LOG2E if waits else LOG2E
+    waits = shape.scale is not None and shape.scale > 0 and shape.softcap is None
+    factor = shape.scale * LOG2E if waits else LOG2E  # pyright: ignore[reportOptionalOperand]
 
     def transforms(dim: int) -> tuple[Any, ...]:
         swizzle = plgpu.find_swizzle(dim * 16, "attention tile")
@@ -136,6 +137,7 @@ def forward(
         mask_refs, given = given[:leaves], given[leaves:]
         sinks_ref: Any = given.pop(0) if shape.sinks else None
         seeds_ref: Any = given.pop(0) if drops else None
+        scale_ref: Any = given.pop(0) if shape.scale is None else None
         out_ref, lse_ref = given
         b, h, tile, wg = (lax.axis_index(name) for name in ("b", "h", "q", "wg"))
         tile = tiles_q - 1 - tile  # causal: the last rows have most keys, and start first
@@ -205,7 +207,7 @@ def forward(
             def softmax(s: Any, m: Any, l: Any, i: Any) -> tuple[Any, ...]:
                 """(m, l, shrink, p in the operands' dtype) after step i's scores (bq, bk)."""
                 if not waits:
-                    s = s * shape.scale
+                    s = s * (shape.scale if scale_ref is None else scale_ref[entry(scale_ref)])
                 if shape.softcap is not None:
                     # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
                     s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
@@ -276,7 +278,11 @@ def forward(
             lse_s[wg] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_tile, at(out_ref, b, base, bq, h))
-            plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
+
+            @pl.when(base < L)  # a contiguous copy is clipped at the end of the whole array only, not of a head's row
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
+
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == n_wg)
@@ -304,8 +310,9 @@ def forward(
 
             lax.fori_loop(steps - filled, steps, drain, None)
 
-    out_shape = (B, Hq, L, Ev) if shape.layout == "BHLE" else (B, L, Hq, Ev)
-    lse_len = cdiv(L, 4) * 4  # TMA wants strides of 16 bytes
+    rows_out = cdiv(L, 8) * 8
+    out_shape = (B, Hq, rows_out, Ev) if shape.layout == "BHLE" else (B, rows_out, Hq, Ev)
+    lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     call = plgpu.kernel(
         kernel,
@@ -330,13 +337,21 @@ def forward(
         **({} if interpret is None else {"interpret": interpret}),
     )
 
-    def run(query: Any, key: Any, value: Any, mask_arrays: list[Any], sinks: Any, seeds: Any) -> tuple[jax.Array, jax.Array]:
-        more = [*([sinks.astype(jnp.float32)] if shape.sinks else []), *([jnp.broadcast_to(seeds, (B, Hq, 2))] if drops else [])]
+    def run(
+        query: Any, key: Any, value: Any, *, mask_arrays: Sequence[Any] = (), sinks: Any = None, seeds: Any = None, scale: Any = None
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         if has_ids:
             whole = jax.tree.unflatten(structure, mask_arrays)
             found = _all_ranges(whole, shape, config.rows, bk)
             whole = whole.padded(tiles_q * config.rows - L, cdiv(S, bk) * bk - S)  # a tile's ids are loaded whole
             mask_arrays = [*jax.tree.leaves(whole), found]
+        more = []
+        if shape.sinks:
+            more.append(sinks.astype(jnp.float32))
+        if drops:
+            more.append(jnp.broadcast_to(seeds, (B, Hq, 2)))
+        if shape.scale is None:
+            more.append(scale.astype(jnp.float32))
         out, lse = call(query, key, value, *mask_arrays, *more)
         return out, lse[:, :, :L]
 

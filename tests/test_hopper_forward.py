@@ -38,7 +38,8 @@ def kernel(problem, dtype, layout, mask, config, key, p, interpret=True):
     operands = [jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value)]
     operands = [jnp.swapaxes(x, 1, 2) for x in operands] if layout == "BLHE" else operands
     sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
-    return run, (*operands, jax.tree.leaves(mask), sinks, dropout.seeds(key, B, Hq) if p else None)
+    more = {"mask_arrays": jax.tree.leaves(mask), "sinks": sinks, "seeds": dropout.seeds(key, B, Hq) if p else None}
+    return (lambda q, k, v, more: run(q, k, v, **more)), (*operands, more)
 
 
 def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, interpret=True):
