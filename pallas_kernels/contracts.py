@@ -52,7 +52,8 @@ class ForwardConfig:
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. overlap: the next QK and the last PV run under the softmax (FlashAttention-3,
-    arXiv:2407.08608, section 3.2). registers: a thread of (a computing, the loading) warpgroup.
+    arXiv:2407.08608, section 3.2). registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one program, one after
+    another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a bias in flight.
     """
 
     block_q: int = 64
@@ -61,6 +62,8 @@ class ForwardConfig:
     warpgroups: int = 2
     overlap: bool = True
     registers: tuple[int, int] = (240, 24)
+    row_tiles: int = 1
+    bias_stages: int = 2
 
     def __post_init__(self) -> None:
         if self.block_q != 64:
@@ -69,6 +72,8 @@ class ForwardConfig:
             raise ValueError(f"block_k must be 64, 128, 192 or 256, got {self.block_k}.")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages}: one tile computes while another loads.")
+        if self.row_tiles < 1:
+            raise ValueError(f"row_tiles must be at least 1, got {self.row_tiles}.")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
         if 128 * (self.warpgroups * self.registers[0] + self.registers[1]) > 65536:

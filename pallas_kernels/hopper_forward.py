@@ -3,14 +3,17 @@
 Algorithm: Dao, arXiv:2307.08691, algorithm 1 (rows own their softmax, keys stream past); Shah et al., arXiv:2407.08608, sections
 3.1 and 3.2 (a loading warpgroup feeds computing ones; the next QK and the last PV are in flight under the softmax).
 
-Grid (batch, query head, row tile); row tiles with most work first, where they differ. A program owns `warpgroups` x 64 query
-rows of one head and walks the key tiles that its mask leaves, in one loop; a branch in it masks the tiles that the mask cuts
-(two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises every wgmma, C7513, NOTES.md).
+Grid: programs, each with a few items one after another (`visits.Items`: batch entry, query head, row tile). An item is
+`warpgroups` x 64 query rows of one head, which walk the key tiles that the mask leaves (`visits`), in one loop; a branch in it
+masks the tiles that the mask cuts (two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises
+every wgmma, C7513, NOTES.md).
 
-Who waits for what, per stage of the ring (a slot holds one tile of K and one of V):
+Who waits for what, per stage of the ring (a slot holds one tile of K, of V, of a bias as large as the scores); the ring goes
+round and round over all items:
 
-    k_ready, v_ready   loader -> computers    the tile has arrived (TMA counts its bytes)
-    k_free, v_free     computers -> loader    every computing warpgroup has read it
+    q_ready                        a warpgroup's own rows have arrived; it asks for the next item's when it has read them
+    k_ready, v_ready, bias_ready   loader -> computers    the tile has arrived (TMA counts its bytes)
+    k_free, v_free, bias_free      computers -> loader    every computing warpgroup has read it
 """
 
 from __future__ import annotations
@@ -22,22 +25,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import online_softmax
+from pallas_kernels import dense, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, Ids
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.online_softmax import LOG2E, over_columns
+from pallas_kernels.visits import cdiv
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+SHARED_MEMORY = 232448 - 2048
+"""Bytes of a program: 227 KB (CUDA C++ programming guide, compute capability 9.0) less what barriers, lse and alignment take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,193 +68,225 @@ class ForwardShape:
         return self.q_heads // self.kv_heads
 
 
-def _ranges(mask: Any, q_lo: Any, rows: int, shape: ForwardShape, block_k: int) -> tuple[Any, Any, Any, Any]:
-    """(first, first FULL, behind the last FULL, behind the last) key tile of the rows [q_lo, q_lo + rows); at least one tile."""
-    L, S = shape.query_len, shape.key_len
-    lo, hi, full_lo, full_hi = 0, S, 0, S
-    if mask is not None:
-        lo, hi = mask.kv_range(q_lo, q_lo + rows, L, S)
-        full_lo, full_hi = mask.full_range(q_lo, q_lo + rows, L, S)
-    tiles = cdiv(S, block_k)
-
-    def divided(x: Any) -> Any:  # by block_k; nothing here is negative
-        x = jnp.asarray(x, jnp.int32)
-        return lax.div(x, jnp.full_like(x, block_k))
-
-    first = jnp.minimum(divided(lo), tiles - 1)
-    last = jnp.maximum(divided(hi + (block_k - 1)), first + 1)
-    full_first = jnp.clip(divided(full_lo + (block_k - 1)), first, last)
-    full_last = jnp.clip(divided(full_hi), full_first, last)
-    return first, full_first, full_last, last
-
-
-def _all_ranges(mask: Any, shape: ForwardShape, rows: int, block_k: int) -> jax.Array:
-    """(B|1, row tiles, 4): `_ranges` of every program, made by XLA; for masks whose ids a program cannot look through."""
-
-    def of_tile(q_lo: Any) -> jax.Array:
-        found = (jnp.atleast_1d(bound) for bound in _ranges(mask, q_lo, rows, shape, block_k))
-        return jnp.stack(jnp.broadcast_arrays(*found), axis=-1)
-
-    return jax.vmap(of_tile, out_axes=1)(jnp.arange(cdiv(shape.query_len, rows), dtype=jnp.int32) * rows)
-
-
 def forward(
-    shape: ForwardShape, config: ForwardConfig, mask: Any = None, *, generator: Any = None, interpret: Any = None
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A function (query, key, value, *, mask_arrays, sinks, seeds, scale) -> (out, lse).
+    shape: ForwardShape, config: ForwardConfig, mask: Any = None, *, bias: Any = None, keep: Any = None, generator: Any = None,
+    interpret: Any = None,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:  # fmt: skip
+    """A function (query, key, value, *, mask_arrays, bias, keep, sinks, seeds, scale) -> (out, lse).
 
-    `out = softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L) natural and float32. TMA wants lengths in eights: the arrays
-    may be longer than the shape's L and S, by zeros; out is as long as query. Head dims are multiples of 16.
+    `out = softmax(scale * q @ k.T + bias, kept keys) @ v`, lse (B, Hq, L) natural and float32. TMA wants lengths in eights: the
+    arrays may be longer than the shape's L and S, by zeros; out is as long as query. Head dims are multiples of 16.
 
     Args:
         mask: a `contracts.Mask`, or None; its leaves, (1,) or (B,) or ids (1|B, length), all int32, are the mask_arrays.
+        bias, keep: a float and a bool array (B|1, Hq|1, L|1, S|1), here what has their shape and dtype. A bias as large as the
+            scores may be longer by anything.
         generator: what makes dropout bits, with `query_words`, `key_words`, `keep_words` and `rounded`; None without dropout.
         interpret: `plgpu.InterpretGPUParams` to run it without a GPU.
     """
     B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
-    bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
-    stages = min(config.stages, cdiv(S, bk))
-    tiles_q = cdiv(L, config.rows)
+    bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
+    items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles)
+    several = config.row_tiles > 1
+    has_bias_tiles = bias is not None and dense.kind(bias) == "tile"
+    room = SHARED_MEMORY - 2 * (E + Ev) * (config.rows + stages * bk)
+    if has_bias_tiles:
+        room -= config.bias_stages * config.rows * bk * jnp.dtype(bias.dtype).itemsize
+    # results leave from memory of their own where there is some: the next item's q can then come early. Else from q's
+    own_out = E != Ev or (several and room >= 0)
     products = Wgmma(interpret is not None)
     drops = shape.dropout_p > 0
     arrays, structure = jax.tree.flatten(mask)
     has_ids = any(len(array.shape) == 2 for array in arrays)
-    leaves = len(arrays) + has_ids
+    bias_kind = None if bias is None else dense.kind(bias)
+    keep_kind = None if keep is None else dense.kind(keep)
     ragged = S % bk != 0
-    # a positive factor may wait for the exponent; any other is applied to the scores, where softcap wants it too
-    waits = shape.scale is not None and shape.scale > 0 and shape.softcap is None
+    # a positive factor may wait for the exponent; any other is applied to the scores, where softcap and bias want it too
+    waits = shape.scale is not None and shape.scale > 0 and shape.softcap is None and bias is None
     factor = shape.scale * LOG2E if waits else LOG2E  # pyright: ignore[reportOptionalOperand]
 
-    def transforms(dim: int) -> tuple[Any, ...]:
-        swizzle = plgpu.find_swizzle(dim * 16, "attention tile")
-        return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+    def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
+        bits = 8 * jnp.dtype(dtype).itemsize
+        swizzle = plgpu.find_swizzle(dim * bits, "attention tile")
+        return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
 
     def at(ref: Any, b: Any, start: Any, length: int, h: Any) -> Any:
         """Rows [start, start + length) of one head of an operand."""
         return ref.at[b, h, pl.ds(start, length)] if shape.layout == "BHLE" else ref.at[b, pl.ds(start, length), h]
 
-    def kernel(
-        q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any,
-        v_ready: Any, k_free: Any, v_free: Any, out_s: Any = None,
-    ) -> None:  # fmt: skip
-        given = list(refs)
-        mask_refs, given = given[:leaves], given[leaves:]
-        sinks_ref: Any = given.pop(0) if shape.sinks else None
-        seeds_ref: Any = given.pop(0) if drops else None
-        scale_ref: Any = given.pop(0) if shape.scale is None else None
+    def shared(ref: Any, *index: Any) -> tuple[Any, ...]:
+        """The leading indices of an operand that may be shared by the batch, or by all heads."""
+        return tuple(0 if size == 1 else i for size, i in zip(ref.shape, index, strict=False))
+
+    def kernel(*refs: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
+               v_free: Any, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None, bias_free: Any = None) -> None:  # fmt: skip
+        given = iter(refs)
+        q_ref, k_ref, v_ref = next(given), next(given), next(given)
+        mask_refs = [next(given) for _ in arrays]
+        table_ref = next(given) if has_ids or keep is not None else None
+        keep_ref = None if keep is None else next(given)
+        bias_ref = None if bias is None else next(given)
+        sinks_ref = next(given) if shape.sinks else None
+        seeds_ref = next(given) if drops else None
+        scale_ref = next(given) if shape.scale is None else None
         out_ref, lse_ref = given
-        b, h, tile, wg = (lax.axis_index(name) for name in ("b", "h", "q", "wg"))
-        tile = tiles_q - 1 - tile  # causal: the last rows have most keys, and start first
-        # the walk goes from the last key tile to the first: step i takes tile last - 1 - i
+        program, wg = lax.axis_index("program"), lax.axis_index("wg")
+        count = items.count(program)
 
-        def entry(ref: Any) -> Any:
-            return 0 if ref.shape[0] == 1 else b
-
-        def mask_at(by_query: Any = None, by_key: Any = None) -> Any:
+        def mask_at(b: Any, by_query: Any = None, by_key: Any = None) -> Any:
             """The mask with the numbers of this batch entry, and the ids of a tile."""
             if mask is None:
                 return None
-            of_refs = jax.tree.unflatten(structure, mask_refs[: len(arrays)])
-            return of_refs.local(lambda ref: ref[entry(ref)], by_query, by_key)
+            return jax.tree.unflatten(structure, mask_refs).local(lambda ref: ref[shared(ref, b)], by_query, by_key)
 
-        def ranges(q_lo: Any, rows: int) -> tuple[Any, Any, Any, Any]:
-            if not has_ids:
-                return _ranges(mask_at(), q_lo, rows, shape, bk)
-            found = mask_refs[-1]
-            return tuple(found[entry(found), tile, n] for n in range(4))  # type: ignore[return-value]
+        def walk_of(b: Any, h: Any, tile: Any, q_lo: Any, rows: int) -> Any:
+            if keep is not None:
+                return visits.ListWalk(table_ref, shared(table_ref, b, h, tile))
+            if has_ids:
+                return visits.RangeWalk(*(table_ref[(*shared(table_ref, b), tile, n)] for n in range(4)))  # type: ignore[index]
+            return visits.ranges(mask_at(b), q_lo, rows, L, S, bk)
 
-        first, _, _, last = ranges(tile * config.rows, config.rows)
-        steps = last - first
+        def slot(n: Any, of: int = stages) -> Any:
+            return n % of if isinstance(n, int) else lax.rem(n, np.int32(of))
 
-        def slot(i: Any) -> Any:
-            return lax.rem(i, jnp.int32(stages))
+        def load_q(n: Any) -> None:
+            """Ask for this warpgroup's rows of item n."""
+            b, h, tile = items.at(program, n)
+            plgpu.copy_gmem_to_smem(at(q_ref, b, tile * config.rows + wg * bq, bq, h), q_s.at[wg], q_ready.at[wg])
 
-        @pl.when(wg < n_wg)
-        def _compute() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[0], action="increase")
+        def attend(n: Any, done: Any) -> Any:
+            """Item n by one computing warpgroup; `done` steps of the ring lie behind it, the result are those after it."""
+            b, h, tile = items.at(program, n)
             base = tile * config.rows + wg * bq
-            q_tile = q_s.at[wg]
-            plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_tile, q_ready.at[wg])
-            _, full_first, full_last, _ = ranges(base, bq)
+            walk = walk_of(b, h, tile, tile * config.rows, config.rows)
+            steps = np.int32(walk.steps) if isinstance(walk.steps, int) else walk.steps
+            if not has_ids and keep is None:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
+                own = walk_of(b, h, tile, base, bq)
+                walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
             words: Any = None
             if drops:
                 rows = plgpu.broadcasted_iota(jnp.int32, (bq,), 0, layout=ROW) + base
-                words = generator.query_words(seeds_ref[b, h, 0], seeds_ref[b, h, 1], rows)
+                words = generator.query_words(seeds_ref[b, h, 0], seeds_ref[b, h, 1], rows)  # type: ignore[index]
 
-            def full(shape_: tuple[int, ...], value: Any, layout: Any) -> Any:
+            def filled(shape_: tuple[int, ...], value: Any, layout: Any) -> Any:
                 return plgpu.layout_cast(jnp.full(shape_, value, jnp.float32), layout)
 
-            def k_idx(i: Any) -> Any:
-                return plgpu.broadcasted_iota(jnp.int32, (bq, bk), 1, layout=TILE) + (last - 1 - i) * bk
+            def index(axis: int, start: Any = 0) -> Any:
+                return plgpu.broadcasted_iota(jnp.int32, (bq, bk), axis, layout=TILE) + start
 
-            def ids(ref: Any, start: Any, length: int, layout: Any, axis: int) -> Ids:
-                tile_ref = ref.at[entry(ref), pl.ds(start, length)]
-                loaded = plgpu.load(tile_ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
-                return Ids(lax.broadcast_in_dim(loaded, (bq, bk), [axis]))
+            def loaded(ref: Any, start: Any, length: int, layout: Any, axis: int) -> Any:
+                """A stretch of a 1-d operand along one axis of the tile."""
+                vector = plgpu.load(ref.at[pl.ds(start, length)], layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
+                return lax.broadcast_in_dim(vector, (bq, bk), [axis])
 
-            def kept(i: Any) -> Any:
-                k = k_idx(i)
-                inside = k < S
-                if mask is None:
-                    return inside
-                q = plgpu.broadcasted_iota(jnp.int32, (bq, bk), 0, layout=TILE) + base
-                own = mask_at(
-                    functools.partial(ids, start=base, length=bq, layout=ROW, axis=0),
-                    functools.partial(ids, start=(last - 1 - i) * bk, length=bk, layout=COLUMN, axis=1),
-                )
-                return own.keep(q, k) & inside if ragged else own.keep(q, k)
+            by_row = functools.partial(loaded, start=base, length=bq, layout=ROW, axis=0)
 
-            def is_partial(i: Any) -> Any:
-                return (last - 1 - i < full_first) | (last - 1 - i >= full_last)
+            def keep_words(t: Any) -> list[Any]:
+                """The packed dense mask of key tile t; loaded before the products, for the softmax."""
+                if keep is None:
+                    return []
+                lead = shared(keep_ref, b, h)
+                one_word = keep_kind in ("row", "scalar")
+                found = [0] if one_word else [t * (bk // dense.WORD) + n for n in range(bk // dense.WORD)]
+                if keep_kind in ("column", "scalar"):
+                    return [jnp.full((bq, bk), keep_ref[(*lead, n, 0)], jnp.int32) for n in found]  # type: ignore[index]
+                return [by_row(keep_ref.at[(*lead, n)]) for n in found]  # type: ignore[union-attr]
 
-            def softmax(s: Any, m: Any, l: Any, i: Any) -> tuple[Any, ...]:
+            def addend(t: Any, number: Any) -> Any:
+                """The bias of key tile t, float32; the tile is the ring's of that number."""
+                lead = shared(bias_ref, b, h)
+                if bias_kind == "scalar":
+                    return bias_ref[(*lead, 0)]  # type: ignore[index]
+                if bias_kind == "row":
+                    return by_row(bias_ref.at[lead])  # type: ignore[union-attr]
+                if bias_kind == "column":
+                    return loaded(bias_ref.at[lead], t * bk, bk, COLUMN, 1)  # type: ignore[union-attr]
+                now = slot(number, config.bias_stages)
+                plgpu.barrier_wait(bias_ready.at[now])
+                found = plgpu.load(bias_s.at[now, pl.ds(wg * bq, bq)], layout=TILE)  # pyright: ignore[reportCallIssue]
+                products.read()
+                plgpu.barrier_arrive(bias_free.at[now])
+                return found.astype(jnp.float32)
+
+            def masked(s: Any, t: Any, packed: list[Any]) -> Any:
+                if keep is not None:  # added, as torch does: a NaN score stays NaN
+                    s = jnp.where(dense.unpack(packed, index(1)), s, s + -jnp.inf)
+                if mask is None and not ragged:
+                    return s
+                k = index(1, t * bk)
+                kept: Any = True
+                if mask is not None:
+                    ids = lambda ref, **where: Ids(loaded(ref.at[shared(ref, b)], **where))  # noqa: E731
+                    kept = mask_at(
+                        b, functools.partial(ids, start=base, length=bq, layout=ROW, axis=0),
+                        functools.partial(ids, start=t * bk, length=bk, layout=COLUMN, axis=1),
+                    ).keep(index(0, base), k)  # fmt: skip
+                return jnp.where(kept & (k < S) if ragged else kept, s, -jnp.inf)
+
+            def softmax(s: Any, m: Any, l: Any, i: Any, packed: list[Any]) -> tuple[Any, ...]:
                 """(m, l, shrink, p in the operands' dtype) after step i's scores (bq, bk)."""
+                t = walk.tile(i)
                 if not waits:
-                    s = s * (shape.scale if scale_ref is None else scale_ref[entry(scale_ref)])
+                    s = s * (shape.scale if scale_ref is None else scale_ref[shared(scale_ref, b)])
                 if shape.softcap is not None:
                     # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
                     s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
-                if mask is not None or ragged:
-                    s = lax.cond(is_partial(i), lambda s: jnp.where(kept(i), s, -jnp.inf), lambda s: s, s)
-                m, l, shrink, p = online_softmax.update(s, factor, m, l)
+                if bias is not None:
+                    s = s + addend(t, done + i)
+                if mask is not None or keep is not None or ragged:
+                    cut = walk.partial(i)
+                    if not isinstance(cut, bool):
+                        s = lax.cond(cut, lambda s: masked(s, t, packed), lambda s: s, s)
+                    elif cut:
+                        s = masked(s, t, packed)
+                m, l, shrink, p = online_softmax.update(s, factor, m, l, huge=bias is not None)
                 if drops:
                     a, c = words
-                    keep = generator.keep_words(
-                        over_columns(a, p), over_columns(c, p), generator.key_words(seeds_ref[b, h, 1], k_idx(i)), shape.dropout_p
-                    )
+                    key_words = generator.key_words(seeds_ref[b, h, 1], index(1, t * bk))  # type: ignore[index]
+                    kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
                     # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
-                    p = lax.optimization_barrier(jnp.where(keep, p, 0.0))
+                    p = lax.optimization_barrier(jnp.where(kept, p, 0.0))
                 return m, l, shrink, p.astype(dtype)
 
-            m, l = full((bq,), -jnp.inf, ROW), full((bq,), 0.0, ROW)
+            m, l = filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
             if sinks_ref is not None:
-                sink = sinks_ref[0 if sinks_ref.shape[0] == 1 else b, h] * LOG2E
-                m, l = full((bq,), sink, ROW), full((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
-            acc = full((bq, Ev), 0.0, TILE)
+                sink = sinks_ref[(*shared(sinks_ref, b), h)] * (LOG2E / factor)
+                m, l = filled((bq,), sink, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
+            acc = filled((bq, Ev), 0.0, TILE)
+            q_tile = q_s.at[wg]
             plgpu.barrier_wait(q_ready.at[wg])
 
+            def next_q() -> None:
+                """Q's memory is free: ask for the next item's."""
+                pl.when(n + 1 < count)(lambda: load_q(n + 1))
+
             if config.overlap:
-                plgpu.barrier_wait(k_ready.at[0])
-                s = products.scores(q_tile, k_s.at[0])
-                plgpu.barrier_arrive(k_free.at[0])
-                m, l, _, p = softmax(s, m, l, jnp.int32(0))
+                now = slot(done)
+                packed = keep_words(walk.tile(0))
+                plgpu.barrier_wait(k_ready.at[now])
+                s = products.scores(q_tile, k_s.at[now])
+                plgpu.barrier_arrive(k_free.at[now])
+                m, l, _, p = softmax(s, m, l, 0, packed)
 
                 def overlapped(i: Any, state: Any) -> Any:
                     acc, m, l, p = state
-                    now, before = slot(i), slot(i - 1)
+                    now, before = slot(done + i), slot(done + i - 1)
+                    packed = keep_words(walk.tile(i))
                     plgpu.barrier_wait(k_ready.at[now])
                     acc, (m, l, shrink, p) = products.step(
                         q_tile, k_s.at[now], acc, p, v_s.at[before],
                         lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
-                        functools.partial(softmax, i=i), (m, l),
+                        functools.partial(softmax, i=i, packed=packed), (m, l),
                     )  # fmt: skip
                     plgpu.barrier_arrive(v_free.at[before])
                     return acc * over_columns(shrink, acc), m, l, p
 
-                acc, m, l, p = lax.fori_loop(jnp.int32(1), steps, overlapped, (acc, m, l, p))
-                end = slot(steps - 1)
+                acc, m, l, p = lax.fori_loop(np.int32(1), steps, overlapped, (acc, m, l, p))
+                if several and own_out:
+                    plgpu.commit_smem()  # all four warps have read q for the last time
+                    next_q()
+                end = slot(done + steps - 1)
                 plgpu.barrier_wait(v_ready.at[end])
                 acc = products.add(acc, p, v_s.at[end])
                 plgpu.barrier_arrive(v_free.at[end])
@@ -257,23 +294,29 @@ def forward(
 
                 def plain(i: Any, state: Any) -> Any:
                     acc, m, l = state
-                    now = slot(i)
+                    now = slot(done + i)
+                    packed = keep_words(walk.tile(i))
                     plgpu.barrier_wait(k_ready.at[now])
                     s = products.scores(q_tile, k_s.at[now])
                     plgpu.barrier_arrive(k_free.at[now])
-                    m, l, shrink, p = softmax(s, m, l, i)
+                    m, l, shrink, p = softmax(s, m, l, i, packed)
                     acc = acc * over_columns(shrink, acc)
                     plgpu.barrier_wait(v_ready.at[now])
                     acc = products.add(acc, p, v_s.at[now])
                     plgpu.barrier_arrive(v_free.at[now])
                     return acc, m, l
 
-                acc, m, l = lax.fori_loop(jnp.int32(0), steps, plain, (acc, m, l))
+                acc, m, l = lax.fori_loop(np.int32(0), steps, plain, (acc, m, l))
+                if several and own_out:
+                    plgpu.commit_smem()
+                    next_q()
 
-            share, lse = online_softmax.finish(m, l)
+            share, lse = online_softmax.finish(m, l, factor)
             if drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
-            out_tile = q_tile if out_s is None else out_s.at[wg]  # q is read for the last time: its memory will do
+            if several and own_out:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results have left
+            out_tile = q_tile if out_s is None else out_s.at[wg]
             out_tile[...] = (acc * over_columns(share, acc)).astype(dtype)
             lse_s[wg] = lse
             plgpu.commit_smem()
@@ -283,69 +326,108 @@ def forward(
             def _() -> None:
                 plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
 
+            if several and not own_out:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                next_q()
+            return done + steps
+
+        def load(n: Any, done: Any) -> Any:
+            """The tiles of item n, as soon as there is room; `done` as in attend."""
+            b, h, tile = items.at(program, n)
+            walk = walk_of(b, h, tile, tile * config.rows, config.rows)
+            kv_head = lax.div(h, np.int32(shape.group))
+
+            def step(i: Any, _: Any) -> None:
+                t, number = walk.tile(i), done + i
+
+                def bring(source: Any, target: Any, ready: Any, free: Any, of: int) -> None:
+                    now = slot(number, of)
+                    pl.when(number >= of)(lambda: plgpu.barrier_wait(free.at[now]))
+                    plgpu.copy_gmem_to_smem(source, target.at[now], ready.at[now])
+
+                bring(at(k_ref, b, t * bk, bk, kv_head), k_s, k_ready, k_free, stages)
+                if bias_s is not None:
+                    where = pl.ds(tile * config.rows, config.rows), pl.ds(t * bk, bk)
+                    bring(bias_ref.at[(*shared(bias_ref, b, h), *where)], bias_s, bias_ready, bias_free, config.bias_stages)  # type: ignore[union-attr]
+                bring(at(v_ref, b, t * bk, bk, kv_head), v_s, v_ready, v_free, stages)
+
+            steps = np.int32(walk.steps) if isinstance(walk.steps, int) else walk.steps
+            lax.fori_loop(np.int32(0), steps, step, None)
+            return done + steps
+
+        @pl.when(wg < n_wg)
+        def _compute() -> None:
+            if interpret is None:
+                plgpu.set_max_registers(config.registers[0], action="increase")
+            load_q(0)
+            if several:
+                lax.fori_loop(np.int32(0), count, attend, np.int32(0))
+            else:
+                attend(0, 0)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == n_wg)
         def _load() -> None:
             if interpret is None:
                 plgpu.set_max_registers(config.registers[1], action="decrease")
-            kv_head = lax.div(h, jnp.int32(shape.group))
+            done = lax.fori_loop(np.int32(0), count, load, np.int32(0)) if several else load(0, 0)
 
-            def load(i: Any, _: Any, wait: bool) -> None:
-                start, now = (last - 1 - i) * bk, slot(i)
-                if wait:
-                    plgpu.barrier_wait(k_free.at[now])
-                plgpu.copy_gmem_to_smem(at(k_ref, b, start, bk, kv_head), k_s.at[now], k_ready.at[now])
-                if wait:
-                    plgpu.barrier_wait(v_free.at[now])
-                plgpu.copy_gmem_to_smem(at(v_ref, b, start, bk, kv_head), v_s.at[now], v_ready.at[now])
-
-            filled = jnp.minimum(steps, stages)
-            lax.fori_loop(jnp.int32(0), filled, functools.partial(load, wait=False), None)
-            lax.fori_loop(filled, steps, functools.partial(load, wait=True), None)
-
-            def drain(i: Any, _: Any) -> None:  # every completed phase must be waited for before the program ends
-                plgpu.barrier_wait(k_free.at[slot(i)])
-                plgpu.barrier_wait(v_free.at[slot(i)])
-
-            lax.fori_loop(steps - filled, steps, drain, None)
+            # every completed phase must be waited for before the program ends
+            for free, of in ((k_free, stages), (v_free, stages), (bias_free, config.bias_stages)):
+                if free is not None:
+                    wait = lambda number, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(number, of)])  # noqa: E731
+                    lax.fori_loop(jnp.maximum(done - of, 0), done, wait, None)
 
     rows_out = cdiv(L, 8) * 8
     out_shape = (B, Hq, rows_out, Ev) if shape.layout == "BHLE" else (B, rows_out, Hq, Ev)
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
+    free = barrier(num_arrivals=n_wg, num_barriers=stages)
     call = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(out_shape, dtype), jax.ShapeDtypeStruct((B, Hq, lse_len), jnp.float32)],
-        grid=(B, Hq, tiles_q),
-        grid_names=("b", "h", "q"),
+        grid=(items.programs,),
+        grid_names=("program",),
         num_threads=n_wg + 1,
         thread_name="wg",
         scratch_types={
             "q_s": smem((n_wg, bq, E), dtype, transforms=transforms(E)),
             "k_s": smem((stages, bk, E), dtype, transforms=transforms(E)),
             "v_s": smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
-            **({} if E == Ev else {"out_s": smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))}),
+            **({"out_s": smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
             "q_ready": barrier(num_barriers=n_wg),
             "k_ready": barrier(num_barriers=stages),
             "v_ready": barrier(num_barriers=stages),
-            "k_free": barrier(num_arrivals=n_wg, num_barriers=stages),
-            "v_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+            "k_free": free,
+            "v_free": free,
+            **({
+                "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(bk, bias.dtype)),
+                "bias_ready": barrier(num_barriers=config.bias_stages),
+                "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
+            } if has_bias_tiles else {}),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        # no cross-warp reduction: a row of a WGMMA tile lies within four threads
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+        ),
         **({} if interpret is None else {"interpret": interpret}),
-    )
+    )  # fmt: skip
 
     def run(
-        query: Any, key: Any, value: Any, *, mask_arrays: Sequence[Any] = (), sinks: Any = None, seeds: Any = None, scale: Any = None
+        query: Any, key: Any, value: Any, *, mask_arrays: Sequence[Any] = (), bias: Any = None, keep: Any = None, sinks: Any = None,
+        seeds: Any = None, scale: Any = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        if has_ids:
-            whole = jax.tree.unflatten(structure, mask_arrays)
-            found = _all_ranges(whole, shape, config.rows, bk)
-            whole = whole.padded(tiles_q * config.rows - L, cdiv(S, bk) * bk - S)  # a tile's ids are loaded whole
-            mask_arrays = [*jax.tree.leaves(whole), found]
+        whole = jax.tree.unflatten(structure, mask_arrays)
         more = []
+        if keep is not None:
+            more += [visits.listed(keep, whole, config.rows, L, S, bk), dense.pack(keep, config.rows, bk)]
+        elif has_ids:
+            more.append(visits.table(whole, config.rows, L, S, bk))
+        if has_ids:  # a tile's ids are loaded whole
+            mask_arrays = jax.tree.leaves(whole.padded(items.row_tiles * config.rows - L, cdiv(S, bk) * bk - S))
+        if bias is not None:
+            more.append(dense.lay_out(bias, config.rows, bk))
         if shape.sinks:
             more.append(sinks.astype(jnp.float32))
         if drops:

@@ -27,6 +27,11 @@ class Wgmma:
         plgpu.commit_smem()
         return result
 
+    def read(self) -> None:
+        """After a plain load of what TMA will write again: the interpreter wants to see it ordered, mbarriers order it anyway."""
+        if self.interpret:
+            plgpu.commit_smem()
+
     def scores(self, q: Any, k: Any) -> Any:
         """q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32."""
         kt = k.transpose((1, 0))

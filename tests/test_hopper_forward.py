@@ -18,11 +18,13 @@ pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic'
 
 PLAIN = ForwardConfig(overlap=False)
 NARROW = ForwardConfig(block_k=64)
+SEVERAL = ForwardConfig(row_tiles=2)
+SEVERAL_PLAIN = ForwardConfig(row_tiles=3, overlap=False)
 THREE = ForwardConfig(overlap=False, warpgroups=3, registers=(160, 32))
 
 
-def kernel(problem, dtype, layout, mask, config, key, p, interpret=True):
-    """(the compiled-to-be function, its arguments) of a Problem whose arrays are (B, H, length, dim)."""
+def kernel(problem, dtype, layout, mask, config, key, p, interpret=True, keep=None):
+    """(the compiled-to-be function, its arguments) of a Problem whose arrays are (B, H, length, dim); keep: a dense mask."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.hopper_forward import ForwardShape, forward
@@ -31,24 +33,50 @@ def kernel(problem, dtype, layout, mask, config, key, p, interpret=True):
     scale = E**-0.5 if problem.scale is None else float(problem.scale)
     shape = ForwardShape(B, Hq, H, L, S, E, Ev, dtype, layout, scale, problem.softcap, p, problem.sinks is not None)
     mask = None if mask is None else mask.with_batch((B,))
+    keep = None if keep is None else jnp.asarray(keep)
+    bias = None if problem.bias is None else jnp.asarray(problem.bias)
     run = forward(
-        shape, config, mask, generator=dropout if p else None,
+        shape, config, mask, bias=bias, keep=keep, generator=dropout if p else None,
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )  # fmt: skip
     operands = [jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value)]
     operands = [jnp.swapaxes(x, 1, 2) for x in operands] if layout == "BLHE" else operands
     sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
-    more = {"mask_arrays": jax.tree.leaves(mask), "sinks": sinks, "seeds": dropout.seeds(key, B, Hq) if p else None}
+    more = {"mask_arrays": jax.tree.leaves(mask), "bias": bias, "keep": keep, "sinks": sinks, "seeds": dropout.seeds(key, B, Hq) if p else None}
     return (lambda q, k, v, more: run(q, k, v, **more)), (*operands, more)
 
 
-def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, interpret=True):
-    run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p, interpret)
+def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, keep=None, interpret=True):
+    run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p, interpret, keep)
     out, lse = jax.jit(run)(*args)
     return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
 
 
 PACKED = np.stack([np.repeat([0, 1, 2, -1], [70, 58, 60, 12]), np.repeat([0, 1], [3, 197])])  # ids of two packed rows
+
+
+rng = np.random.default_rng(5)
+
+
+def dense(*shape):
+    """A dense mask with empty rows, empty tiles and full ones where it is as large as the scores."""
+    keep = rng.random(shape) < 0.6
+    if shape[2] > 128 and shape[3] > 128:
+        keep[..., :64, :128], keep[..., 128:, 128:256], keep[..., 70, :], keep[..., 128:, -40:] = True, False, False, True
+    return keep
+
+
+def biased(*shape, dtype=np.float32):
+    bias = rng.standard_normal(shape).astype(np.float32)
+    bias[rng.random(shape) < 0.2] = -np.inf
+    if shape[2] > 1:
+        bias[:, :, 3] = np.finfo(np.float32).min if shape[3] == 1 else -np.inf
+    return np.asarray(jnp.asarray(bias, dtype))
+
+
+def masked_by(L, S, keep, B=2, also=None, **options):
+    picture = keep if also is None else keep & also
+    return make(L, S, B=B, Hq=2, E=64, keep=np.broadcast_to(picture, np.broadcast_shapes(picture.shape, (1, 1, L, S))), **options)
 
 
 def sinks(*values):
@@ -94,6 +122,30 @@ CASES = {
     "E 96": lambda: (make(64, 136, B=1, Hq=1, E=96), {}),
     "sinks, one of -inf, empty rows": lambda: (
         make(64, 136, B=2, Hq=2, E=64, sinks=sinks(1.0, -np.inf), keep=lengths(64, 136, [0, 30])), {"mask": KeyLengths(jnp.array([0, 30]))}
+    ),
+    "several row tiles a program": lambda: (make(264, 136, B=2, Hq=2, Hk=1, E=64), {"config": SEVERAL}),
+    "several row tiles, causal, plain": lambda: (
+        make(264, 264, B=1, Hq=2, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": SEVERAL_PLAIN}
+    ),
+    "several row tiles, lengths, E 128, Ev 64": lambda: (
+        make(200, 264, B=2, Hq=1, E=128, Ev=64, keep=lengths(200, 264, [70, 0])), {"mask": KeyLengths(jnp.array([70, 0])), "config": SEVERAL}
+    ),
+    "dense mask": lambda: (masked_by(200, 392, keep := dense(2, 1, 200, 392)), {"keep": keep}),
+    "dense mask of each head, causal, plain, several row tiles": lambda: (
+        masked_by(264, 264, keep := dense(1, 2, 264, 264), B=1, also=band(264, 264, -1, 0)),
+        {"keep": keep, "mask": causal(), "config": SEVERAL_PLAIN},
+    ),
+    "dense mask of keys": lambda: (masked_by(72, 200, keep := dense(2, 1, 1, 200)), {"keep": keep}),
+    "dense mask of queries, narrow": lambda: (masked_by(72, 200, keep := dense(1, 2, 72, 1)), {"keep": keep, "config": NARROW}),
+    "dense mask, all False": lambda: (masked_by(72, 136, keep := np.zeros((1, 1, 72, 136), bool)), {"keep": keep}),
+    "bias, bfloat16": lambda: (make(200, 264, B=2, Hq=2, E=64, bias=biased(2, 2, 200, 264, dtype=jnp.bfloat16)), {}),
+    "bias, float32, shared by the heads, causal": lambda: (
+        make(136, 136, B=2, Hq=2, E=64, bias=biased(2, 1, 136, 136), keep=band(136, 136, -1, 0)), {"mask": causal(), "config": NARROW}
+    ),
+    "bias of keys, plain": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 1, 200)), {"config": PLAIN}),
+    "bias of queries": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 72, 1)), {}),
+    "bias, one number, and a dense mask": lambda: (
+        masked_by(72, 200, keep := dense(2, 1, 72, 200), bias=np.float32([[[[-3e38]]]])), {"keep": keep}
     ),
     "dropout, causal": lambda: (
         make(64, 136, B=2, Hq=2, Hk=1, E=64, keep=band(64, 136, -1, 0, 72), survivors=dropped(jax.random.key(1), 2, 2, 64, 136, 0.3)),

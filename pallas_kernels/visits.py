@@ -1,0 +1,159 @@
+"""Which key tiles a tile of query rows visits, in which order, and which of them need the mask.
+
+A walk goes from the last key tile to the first and has three answers: `steps`, `tile(i)` and `partial(i)`. What it is read
+from depends on the mask:
+
+    range   the mask's own arithmetic, inside the kernel: causal, windows, lengths
+    table   (B|1, row tiles, 4) int32 from XLA: the same four numbers, where the mask has an id for each position
+    list    (B|1, Hq|1, row tiles|1, 1 + key tiles) int32 from XLA: the count, then 2 * tile + partial: dense masks
+
+Every walk has at least one step, so that a row which attends to nothing is finished like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _divided(x: Any, by: int) -> Any:
+    """x // by for what is not negative; an int stays one (an array that a kernel closes over is none of its operands)."""
+    return x // by if isinstance(x, int) or x.ndim else lax.div(x, np.int32(by))
+
+
+def _least(a: Any, b: Any) -> Any:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def _greatest(a: Any, b: Any) -> Any:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeWalk:
+    """first, full_first, full_last, last: key tiles; [first, last) is visited, [full_first, full_last) needs no mask."""
+
+    first: Any
+    full_first: Any
+    full_last: Any
+    last: Any
+
+    @property
+    def steps(self) -> Any:
+        return self.last - self.first
+
+    def tile(self, i: Any) -> Any:
+        return self.last - 1 - i
+
+    def partial(self, i: Any) -> Any:
+        return (self.tile(i) < self.full_first) | (self.tile(i) >= self.full_last)
+
+
+@dataclasses.dataclass(frozen=True)
+class ListWalk:
+    """`ref[at]` is a row of a list."""
+
+    ref: Any
+    at: tuple[Any, ...]
+
+    @property
+    def steps(self) -> Any:
+        return self.ref[(*self.at, 0)]
+
+    def tile(self, i: Any) -> Any:
+        return lax.shift_right_logical(self.ref[(*self.at, i + 1)], np.int32(1))
+
+    def partial(self, i: Any) -> Any:
+        return (self.ref[(*self.at, i + 1)] & 1) == 1
+
+
+def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> RangeWalk:
+    """The walk of the rows [q_lo, q_lo + rows), by the mask's own arithmetic. Each an int, an int32 scalar or (B|1,)."""
+    lo, hi, full_lo, full_hi = 0, S, 0, S
+    if mask is not None:
+        lo, hi = mask.kv_range(q_lo, q_lo + rows, L, S)
+        full_lo, full_hi = mask.full_range(q_lo, q_lo + rows, L, S)
+    tiles = cdiv(S, block_k)
+    first = _least(_divided(lo, block_k), tiles - 1)
+    last = _greatest(_divided(hi + (block_k - 1), block_k), first + 1)
+    full_first = _least(_greatest(_divided(full_lo + (block_k - 1), block_k), first), last)
+    full_last = _least(_greatest(_divided(full_hi, block_k), full_first), last)
+    return RangeWalk(first, full_first, full_last, last)
+
+
+def table(mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
+    """(B|1, row tiles, 4): `ranges` of every row tile, made by XLA; for masks whose ids a program cannot look through."""
+
+    def of_tile(q_lo: Any) -> jax.Array:
+        found = ranges(mask, q_lo, rows, L, S, block_k)
+        numbers = (jnp.atleast_1d(jnp.asarray(x, jnp.int32)) for x in (found.first, found.full_first, found.full_last, found.last))
+        return jnp.stack(jnp.broadcast_arrays(*numbers), axis=-1)
+
+    return jax.vmap(of_tile, out_axes=1)(jnp.arange(cdiv(L, rows), dtype=jnp.int32) * rows)
+
+
+def listed(keep: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
+    """The list of a dense mask `keep` (B|1, Hq|1, L|1, S|1) and a structured one: its tiles without a kept key are left out."""
+    row_tiles, key_tiles = cdiv(L, rows), cdiv(S, block_k)
+    some, every = keep, keep
+    for axis, size, block, tiles in ((2, L, rows, row_tiles), (3, S, block_k, key_tiles)):
+        if keep.shape[axis] == 1:
+            continue  # broadcast: the same for every tile
+        pad = [(0, 0)] * 4
+        pad[axis] = (0, tiles * block - size)
+        shape = (*some.shape[:axis], tiles, block, *some.shape[axis + 1 :])
+        some = jnp.pad(some, pad, constant_values=False).reshape(shape).any(axis + 1)
+        every = jnp.pad(every, pad, constant_values=True).reshape(shape).all(axis + 1)
+    found = table(mask, rows, L, S, block_k)[:, None]  # (B|1, 1, row tiles, 4)
+    first, full_first, full_last, last = (found[..., n, None] for n in range(4))
+    at = jnp.arange(key_tiles, dtype=jnp.int32)
+    visited = some & (at >= first) & (at < last)  # (B|1, Hq|1, row tiles, key tiles)
+    full = every & (at >= full_first) & (at < full_last)
+    order = jnp.argsort(jnp.where(visited, key_tiles - 1 - at, key_tiles), axis=-1, stable=True).astype(jnp.int32)
+    count = jnp.maximum(visited.sum(-1, keepdims=True, dtype=jnp.int32), 1)
+    partial = jnp.take_along_axis(~full | ~visited, order, axis=-1).astype(jnp.int32)
+    return jnp.concatenate([count, order * 2 + partial], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """Which (batch entry, head, row tile) is the n-th item of program p: `per_program` items in a row.
+
+    The row tiles of a head come heaviest first where a program has one (the GPU's own scheduler then balances what causal masks
+    leave), and as last, first, last but one, second, … where it has several: each pair is as much work as any other.
+    """
+
+    batch: int
+    heads: int
+    row_tiles: int
+    per_program: int
+
+    @property
+    def total(self) -> int:
+        return self.batch * self.heads * self.row_tiles
+
+    @property
+    def programs(self) -> int:
+        return cdiv(self.total, self.per_program)
+
+    def count(self, p: Any) -> Any:
+        return jnp.minimum(np.int32(self.per_program), self.total - p * self.per_program)
+
+    def at(self, p: Any, n: Any) -> tuple[Any, Any, Any]:
+        x = p * self.per_program + n
+        head, r = lax.div(x, np.int32(self.row_tiles)), lax.rem(x, np.int32(self.row_tiles))
+        if self.per_program == 1:
+            tile = self.row_tiles - 1 - r
+        else:
+            half = lax.div(r, np.int32(2))
+            tile = jnp.where(lax.rem(r, np.int32(2)) == 0, self.row_tiles - 1 - half, half)
+        return lax.div(head, np.int32(self.heads)), lax.rem(head, np.int32(self.heads)), tile
