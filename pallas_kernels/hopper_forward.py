@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ def forward(
     factor = shape.scale * LOG2E if waits else LOG2E  # pyright: ignore[reportOptionalOperand]
 
     def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
+        """The layout in shared memory that wgmma and TMA share: the widest swizzle of which `dim` is a multiple."""
         bits = 8 * jnp.dtype(dtype).itemsize
         swizzle = plgpu.find_swizzle(dim * bits, "attention tile")
         return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
@@ -402,7 +404,7 @@ def forward(
             "k_free": free,
             "v_free": free,
             **({
-                "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(bk, bias.dtype)),
+                "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(math.gcd(bk, bias.shape[3]), bias.dtype)),
                 "bias_ready": barrier(num_barriers=config.bias_stages),
                 "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
             } if has_bias_tiles else {}),

@@ -1,16 +1,21 @@
-"""FLASH_ATTENTION: our Pallas kernels for Hopper. No kernel has landed yet; the limits that will stay are stated already."""
+"""FLASH_ATTENTION: our Pallas kernels for Hopper. Derivatives run the XLA implementation, from the saved lse, until their kernel lands."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 
-from jax_sdpa import compat
+from jax_sdpa import compat, dropout
 from jax_sdpa.context import SDPBackend
 from jax_sdpa.device import Device
+from jax_sdpa.implementations import scores
 from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_sizes
+from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
+from pallas_kernels import dense, flash_attention
 
 DTYPES = ("float16", "bfloat16")
 ARCHITECTURE = (9, 0)  # Hopper: wgmma and TMA
@@ -18,12 +23,20 @@ JAX_VERSION = (0, 11, 2)  # the first whose Mosaic GPU runs the kernels (interpr
 HEAD_DIM = 256
 
 
+@dataclasses.dataclass(frozen=True)
 class Flash(Implementation):
+    """The Hopper forward kernel: half precision, every mask, bias, dropout, sinks and softcap, both layouts, grouped heads.
+
+    interpret: `plgpu.InterpretGPUParams`; `run` then goes through Mosaic's interpreter, on any device. For tests: a primitive's
+    lowering has no place for the interpreter's ordered effects, so the public functions never interpret.
+    """
+
+    interpret: Any = None
     backend = SDPBackend.FLASH_ATTENTION
     heading = "Flash attention kernel not used because:"
 
     def reasons_against(self, request: SdpaRequest, device: Device) -> list[str]:
-        reasons = ["Flash attention is not supported yet: its kernel has not run on a GPU yet."]
+        reasons = []
         if device.platform != "cuda":
             reasons.append(f"Flash attention runs on NVIDIA GPUs, the program is for {device}.")
         elif device.architecture is None:
@@ -34,19 +47,41 @@ class Flash(Implementation):
             reasons.append(f"Flash attention needs jax {'.'.join(map(str, JAX_VERSION))} or newer, this is jax {jax.__version__}.")
         if request.query.dtype.name not in DTYPES:
             reasons.append(f"Expected query, key and value to all be of dtype: {{Half, BFloat16}}. Got {request.query.dtype}.")
+        if request.spec.scale is not None and not math.isfinite(request.spec.scale):
+            reasons.append(f"Flash attention needs a scale that is finite, got {request.spec.scale}.")
         if sizes := symbolic_sizes(request):
             reasons.append(f"Flash attention needs sizes that are numbers, {', '.join(sizes)} here are symbolic.")
-        elif max(request.head_dim, request.value_head_dim) > HEAD_DIM:
+        elif not 0 < min(request.head_dim, request.value_head_dim) <= max(request.head_dim, request.value_head_dim) <= HEAD_DIM:
             reasons.append(
-                f"Flash attention requires head dims of at most {HEAD_DIM}. Got {request.head_dim} and {request.value_head_dim}."
+                f"Flash attention requires head dims from 1 to {HEAD_DIM}. Got {request.head_dim} and {request.value_head_dim}."
             )
         return reasons
 
+    def notes(self, request: SdpaRequest, device: Device) -> tuple[str, ...]:
+        tiles = request.bias is not None and dense.kind(request.bias) == "tile"
+        names = flash_attention.padding(
+            request.query_len, request.key_len, request.head_dim, request.value_head_dim, has_bias_tiles=tiles
+        )
+        padded = (f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.",) if names else ()
+        return ("Derivatives run the XLA implementation, from the saved lse.", *padded)
+
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
-        raise AssertionError("never chosen: it refuses every request")
+        spec = request.spec
+        return flash_attention.forward(
+            request.query, request.key, scores.seen_only(request, request.value), layout=spec.layout,
+            scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
+            mask=request.mask if request.masks else None, bias=request.bias, keep=request.keep_mask, sinks=request.sinks,
+            seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, interpret=self.interpret,
+        )  # fmt: skip
 
-    def tangent(self, request: SdpaRequest, out: Any, lse: Any, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
-        raise AssertionError("never chosen: it refuses every request")
+    def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+        return _XLA.tangent(request, out, lse, tangents)
 
-    def backward(self, request: SdpaRequest, out: Any, lse: Any, dout: Any, dlse: Any, wrt: tuple[str, ...]) -> Tangents:
-        raise AssertionError("never chosen: it refuses every request")
+    def backward(
+        self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
+    ) -> Tangents:
+        return _XLA.backward(request, out, lse, dout, dlse, wrt)
+
+
+_XLA = Efficient(on_cpu=False)
+"""What differentiates: it keeps the same residuals."""

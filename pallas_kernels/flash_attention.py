@@ -1,0 +1,99 @@
+"""The launch: from the arrays of a call to the kernel that answers it, and back. What TMA cannot read is padded here, by XLA.
+
+TMA wants strides in multiples of 16 bytes and lengths in eights, a wgmma 16 head dims at a time. So there is a copy of an operand
+where L or S is no multiple of 8 or a head dim none of 16 (`padding` says which), and only there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dense, tuning
+from pallas_kernels.contracts import ForwardConfig
+from pallas_kernels.visits import cdiv
+
+
+def _up(size: int, to: int) -> int:
+    return cdiv(size, to) * to
+
+
+def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, has_bias_tiles: bool = False) -> tuple[str, ...]:
+    """Which operands of a call are copied to be padded, by name."""
+    names = []
+    if query_len % 8 or head_dim % 16:
+        names.append("query")
+    if key_len % 8 or head_dim % 16:
+        names.append("key")
+    if key_len % 8 or value_head_dim % 16:
+        names.append("value")
+    if has_bias_tiles and (query_len % 8 or key_len % 8):
+        names.append("bias")
+    return tuple(names)
+
+
+def _longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
+    """x with zeros behind, up to the size given for an axis."""
+    widths = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, widths) if any(more for _, more in widths) else x
+
+
+def _hidden_by(mask: Any, keep: jax.Array, batch: int, L: int, S: int) -> tuple[Any, jax.Array]:
+    """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: nothing is then left to compute."""
+    arrays = jax.tree.leaves(mask)
+    if mask is None or dense.kind(keep) != "tile" or keep.shape[0] < max((array.shape[0] for array in arrays), default=1):
+        return mask, keep
+    q_idx, k_idx = jnp.arange(L, dtype=jnp.int32)[:, None], jnp.arange(S, dtype=jnp.int32)[None, :]
+    return None, keep & mask.keep(q_idx, k_idx)
+
+
+def forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, layout: str, scale: Any, softcap: float | None = None, mask: Any = None,
+    bias: Any = None, keep: Any = None, sinks: Any = None, seeds: Any = None, dropout_p: float = 0.0, generator: Any = None,
+    config: ForwardConfig | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(out, lse) by the Hopper kernel: `softmax(scale * q @ k.T + bias, kept keys) @ v`, natural lse (B, Hq, L), float32.
+
+    Args:
+        query, key, value: (B, Hq, L, E), (B, H, S, E), (B, H, S, Ev) for layout 'BHLE', heads behind lengths for 'BLHE'; float16
+            or bfloat16; no size is 0, E and Ev at most 256, H divides Hq.
+        scale: a finite number, or a float32 array (1|B,). softcap: positive, or None.
+        mask: a `contracts.Mask` with arrays (1|B, ...), or None. bias, float, and keep, bool: (B|1, Hq|1, L|1, S|1).
+        sinks: (B|1, Hq). seeds: uint32 (B|1, Hq|1, 2), with dropout_p > 0 and the generator of the bits.
+        config: how to cut the work; None: `tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
+
+    Keys that the mask hides may hold anything; values must be numbers wherever a visited tile has them.
+    """
+    from pallas_kernels import hopper_forward  # jax 0.11.2 and newer only
+
+    heads_axis = 1 if layout == "BHLE" else 2
+    length_axis = 3 - heads_axis
+    B, Hq, L, E = query.shape[0], query.shape[heads_axis], query.shape[length_axis], query.shape[3]
+    H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
+    static_scale = scale if isinstance(scale, float) else None
+    drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
+    if keep is not None:
+        mask, keep = _hidden_by(mask, keep, B, L, S)
+    if bias is not None and dense.kind(bias) == "tile":
+        bias = _longer(bias, {2: _up(L, 8), 3: S if S % 8 == 0 else _up(S, 64)})  # 64: if anew, then with the widest swizzle
+    if config is None:
+        bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
+        config = tuning.forward_config(
+            heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, bias_bytes=bias_bytes
+        )  # fmt: skip
+    shape = hopper_forward.ForwardShape(
+        B, Hq, H, L, S, _up(E, 16), _up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,
+        sinks is not None,
+    )  # fmt: skip
+    run = hopper_forward.forward(shape, config, mask, bias=bias, keep=keep, generator=generator, interpret=interpret)
+    out, lse = run(
+        _longer(query, {length_axis: _up(L, 8), 3: _up(E, 16)}), _longer(key, {length_axis: _up(S, 8), 3: _up(E, 16)}),
+        _longer(value, {length_axis: _up(S, 8), 3: _up(Ev, 16)}), mask_arrays=jax.tree.leaves(mask), bias=bias, keep=keep,
+        sinks=sinks, seeds=seeds if drops else None, scale=None if static_scale is not None else scale,
+    )  # fmt: skip
+    out = jax.lax.slice(out, (0, 0, 0, 0), (*query.shape[:3], Ev))
+    if dropout_p > 0 and not drops:  # p = 1: every weight is dropped; lse is that of the softmax before
+        out = jnp.zeros_like(out)
+    return out, lse

@@ -1,0 +1,204 @@
+"""FLASH_ATTENTION behind the public functions: the suite's cases through the kernel, interpreted here and compiled on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+from harness import dropped, make, on_jax
+from oracle import band, check, lengths
+
+from jax_sdpa import check as checks
+from jax_sdpa import compat, explain, scaled_dot_product_attention
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, causal_lower_right, sliding_window
+from jax_sdpa.implementations.flash import Flash
+from jax_sdpa.masks import as_mask
+
+FLASH = SDPBackend.FLASH_ATTENTION
+needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
+
+
+def interpreted(problem, mask=None, face="torch", **options):
+    """{'out', 'lse'} by `Flash.run` in Mosaic's interpreter; arguments as in `on_jax`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    arrays = {name: getattr(problem, name) for name in ("query", "key", "value", "bias", "sinks")}
+    q, k, v, bias, sinks = (None if x is None else jnp.asarray(x) for x in arrays.values())
+    if mask is None and problem.keep is not None:
+        mask = as_mask(jnp.asarray(problem.keep))
+    scale = jnp.asarray(problem.scale) if isinstance(problem.scale, np.ndarray) else problem.scale
+    if face == "torch":
+        both = mask if bias is None else bias if mask is None else mask & bias
+        gqa = len({q.shape[-3], k.shape[-3], v.shape[-3]}) > 1
+        request, shape = checks.torch_request(q, k, v, both, scale=scale, enable_gqa=gqa, **options)
+    else:
+        q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
+        request, shape = checks.jax_request(q, k, v, bias, mask, scale=scale, sinks=sinks, softcap=problem.softcap, **options)
+    out, lse = jax.jit(Flash(interpret=plgpu.InterpretGPUParams(detect_races=True)).run)(request)
+    out = jnp.reshape(out, shape)
+    return {"out": np.asarray(out if face == "torch" else jnp.swapaxes(out, -2, -3)), "lse": np.asarray(lse)}
+
+
+SOME = [
+    "plain 1x1", "plain 7x1", "plain 127x129", "lower right, first rows empty", "offset per batch element, also negative and beyond S",
+    "key lengths with left padding", "segments out of order, L != S", "everything, torch's face", "everything, JAX's face",
+    "bool (B, H, L, 1)", "bool (B, 1, 1, S)", "bias (L, S), -inf rows", "bias (B, H, L, S) and bool (B, 1, 1, S)", "Hk 2, Hv 3",
+    "traced negative scale", "sink of -inf", "bias that drifts, so that the maximum moves in every block",
+]  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in SOME)])
+def test_the_suites_cases_interpreted(name):
+    problem, mask, options = CASES[name]()
+    problem = problem.rounded(jnp.bfloat16)
+    check(problem, interpreted(problem, mask, **options))
+
+
+def _in_half(name, dtype):
+    problem, mask, options = CASES[name]()
+    problem = problem.rounded(dtype)
+    if problem.bias is not None:
+        problem = problem.but(bias=problem.bias.astype(np.float32))
+    return problem, mask, options
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    problem, mask, options = _in_half(name, "bfloat16")
+    check(problem, on_jax(problem, FLASH, mask=mask, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SOME)
+def test_values_and_gradients_in_float16_with_x64(name):
+    problem, mask, options = _in_half(name, "float16")
+    with jax.enable_x64(True):
+        check(problem, on_jax(problem, FLASH, mask=mask, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("E", [1, 8, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("face", ["torch", "jax"])
+def test_every_head_dim(E, face):
+    for Ev in {E, 256 - E or 1}:
+        problem = make(200, 300, B=1, Hq=4, Hk=2, E=E, Ev=Ev, keep=band(200, 300, -1, 0, 100), dlse=face == "jax").rounded("bfloat16")
+        got = on_jax(problem, FLASH, mask=causal_lower_right(200, 300), face=face, wrt=())
+        check(problem, got)
+
+
+LONG = {
+    "full": (None, None),
+    "causal": (lambda L: band(L, L, -1, 0), lambda L: causal()),
+    "window": (lambda L: band(L, L, 255, 0), lambda L: sliding_window(255, 0)),
+    "lengths": (lambda L: lengths(L, L, [L - L // 5, L // 3]), lambda L: KeyLengths(jnp.array([L - L // 5, L // 3]))),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("L", [511, 512, 513, 1000, 4096, 4100])
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("E", [64, 128, 256])
+def test_long_sequences_and_the_same_bits(L, kind, E):
+    """Against MATH in float32 at full precision, which the oracle holds elsewhere; then the same bits again."""
+    picture, mask = LONG[kind]
+    B, H = 2, 2
+    q, k, v = (jax.random.normal(key, (B, H, L, E), jnp.bfloat16) for key in jax.random.split(jax.random.key(L), 3))
+    mask = None if mask is None else mask(L)
+    run = jax.jit(lambda q, k, v: scaled_dot_product_attention(q, k, v, mask))
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = np.asarray(run(*(x.astype(jnp.float32) for x in (q, k, v))))
+    with sdpa_kernel(FLASH):
+        got = np.asarray(run(q, k, v))
+        again = [np.asarray(run(q, k, v)) for _ in range(5)]
+    error = np.abs(got.astype(np.float32) - exact)
+    assert error.max() <= 2 * 2.0**-8 * np.abs(exact).max()
+    assert all((x.view(np.uint16) == got.view(np.uint16)).all() for x in again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("E", [64, 128, 256])
+def test_dropout_is_every_backends_mask(p, E):
+    key = jax.random.key(3)
+    keep = band(140, 270, 50, 0, 100) & lengths(140, 270, [200, 0])
+    problem = make(140, 270, Hq=4, Hk=2, E=E, keep=keep, survivors=dropped(key, 2, 4, 140, 270, p)).rounded("bfloat16")
+    mask = sliding_window(50, 0, 100) & KeyLengths(jnp.array([200, 0]))
+    check(problem, on_jax(problem, FLASH, mask=mask, dropout_p=p, dropout_rng=key))
+
+
+@pytest.mark.gpu
+def test_hidden_keys_may_hold_anything():
+    problem = make(200, 300, keep=lengths(200, 300, [170, 0]), E=64).rounded("bfloat16")
+    poisoned = {name: getattr(problem, name).copy() for name in ("key", "value")}
+    for x in poisoned.values():
+        x[0, :, 170:], x[1] = np.nan, np.inf
+    got = on_jax(problem.but(**poisoned), FLASH, mask=KeyLengths(jnp.array([170, 0])))
+    check(problem, got)
+
+
+@pytest.mark.gpu
+def test_under_vmap_jvp_and_second_derivatives():
+    q, k, v = (jax.random.normal(key, (3, 2, 2, 72, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
+
+    def attend(q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def all_of_it(q, k, v):
+        hessian = jax.jvp(lambda q: jax.grad(lambda q: attend(q, k, v).astype(jnp.float32).sum())(q), (q,), (k,))[1]
+        return jax.vmap(attend, (0, None, 1), 1)(q, k[0], jnp.swapaxes(v, 0, 1)), *jax.jvp(attend, (q, k, v), (v, q, k)), hessian
+
+    with sdpa_kernel(FLASH):
+        got = jax.jit(all_of_it)(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = jax.jit(all_of_it)(q, k, v)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.04, rtol=0.04)
+
+
+@pytest.mark.gpu
+def test_remat_by_name_runs_the_kernel_once_and_the_default_choice_is_flash():
+    q = jax.random.normal(jax.random.key(0), (1, 2, 256, 64), jnp.bfloat16)
+    assert explain(q, q, q, is_causal=True).backend is FLASH
+    assert explain(q, q, q, is_causal=True, grad=True).backend is FLASH
+    policy = jax.checkpoint_policies.save_only_these_names("sdpa_out", "sdpa_lse")
+
+    def loss(q):
+        return jnp.sin(jax.checkpoint(lambda q: scaled_dot_product_attention(q, q, q), policy=policy)(q).astype(jnp.float32)).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(q).compile().as_text()
+    assert text.count("mosaic_gpu") and sum("custom-call" in line and "mosaic_gpu" in line for line in text.splitlines()) == 1
+
+
+@functools.cache
+def _hopper_program(**options):
+    """The StableHLO of a call lowered for a Hopper that is not here."""
+    from jax_sdpa.device import assume_device
+
+    q = jax.ShapeDtypeStruct((2, 4, 200, 72), jnp.bfloat16)
+    with assume_device("cuda:sm90"), sdpa_kernel(FLASH):
+        traced = jax.jit(lambda q: scaled_dot_product_attention(q, q, q, **options)).trace(q)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"is_causal": True}, {"scale": -0.3}, {"attn_mask": "keys"}, {"attn_mask": "dense"}, {"attn_mask": "bias"},
+        {"attn_mask": "segments"}, {"dropout_p": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_calls_lower_for_a_hopper(options):
+    masks = {
+        "keys": KeyLengths(jnp.array([3, 200])), "dense": jnp.ones((2, 1, 200, 200), bool), "bias": jnp.ones((4, 200, 200)),
+        "segments": SegmentIds(jnp.zeros((2, 200), jnp.int32)),
+    }  # fmt: skip
+    given = {name: masks.get(x, x) if isinstance(x, str) else x for name, x in options.items()}
+    given |= {"dropout_rng": jax.random.key(0)} if "dropout_p" in options else {}
+    assert _hopper_program.__wrapped__(**given).count("mosaic_gpu_v2") == 1
