@@ -51,19 +51,19 @@ class ForwardConfig:
     """How a forward kernel cuts its work.
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
-    warpgroups: that compute; one more loads. overlap: the next QK and the last PV run under the softmax (FlashAttention-3,
-    arXiv:2407.08608, section 3.2). registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one program, one after
-    another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a bias in flight.
+    warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one program, one after
+    another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a bias in flight. pinned: a
+    warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, which is early).
     """
 
     block_q: int = 64
     block_k: int = 128
     stages: int = 2
     warpgroups: int = 2
-    overlap: bool = True
     registers: tuple[int, int] = (240, 24)
     row_tiles: int = 1
     bias_stages: int = 2
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         if self.block_q != 64:

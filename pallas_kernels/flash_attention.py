@@ -16,12 +16,15 @@ from pallas_kernels.contracts import ForwardConfig
 from pallas_kernels.visits import cdiv
 
 
+SWIZZLE = 32  # bytes: the narrowest that a tile can have in shared memory, and so what a bias's rows must be a multiple of
+
+
 def _up(size: int, to: int) -> int:
     return cdiv(size, to) * to
 
 
-def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, has_bias_tiles: bool = False) -> tuple[str, ...]:
-    """Which operands of a call are copied to be padded, by name."""
+def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, bias_bytes: int = 0) -> tuple[str, ...]:
+    """Which operands of a call are copied to be padded, by name; bias_bytes: of an element of a bias as large as the scores."""
     names = []
     if query_len % 8 or head_dim % 16:
         names.append("query")
@@ -29,7 +32,7 @@ def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, ha
         names.append("key")
     if key_len % 8 or value_head_dim % 16:
         names.append("value")
-    if has_bias_tiles and (query_len % 8 or key_len % 8):
+    if query_len % 8 and bias_bytes or key_len * bias_bytes % SWIZZLE:
         names.append("bias")
     return tuple(names)
 
@@ -77,7 +80,8 @@ def forward(
     if keep is not None:
         mask, keep = _hidden_by(mask, keep, B, L, S)
     if bias is not None and dense.kind(bias) == "tile":
-        bias = _longer(bias, {2: _up(L, 8), 3: S if S % 8 == 0 else _up(S, 64)})  # 64: if anew, then with the widest swizzle
+        wide = S if S * bias.dtype.itemsize % SWIZZLE == 0 else _up(S, 64)  # if it is made anew, then for the widest swizzle
+        bias = _longer(bias, {2: _up(L, 8), 3: wide})
     if config is None:
         bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
         config = tuning.forward_config(

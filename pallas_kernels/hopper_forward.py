@@ -11,7 +11,7 @@ every wgmma, C7513, NOTES.md).
 Who waits for what, per stage of the ring (a slot holds one tile of K, of V, of a bias as large as the scores); the ring goes
 round and round over all items:
 
-    q_ready                        a warpgroup's own rows have arrived; it asks for the next item's when it has read them
+    q_ready                        a warpgroup's own rows have arrived; it asks for the next item's when it starts with one
     k_ready, v_ready, bias_ready   loader -> computers    the tile has arrived (TMA counts its bytes)
     k_free, v_free, bias_free      computers -> loader    every computing warpgroup has read it
 """
@@ -90,12 +90,7 @@ def forward(
     bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles)
     several = config.row_tiles > 1
-    has_bias_tiles = bias is not None and dense.kind(bias) == "tile"
-    room = SHARED_MEMORY - 2 * (E + Ev) * (config.rows + stages * bk)
-    if has_bias_tiles:
-        room -= config.bias_stages * config.rows * bk * jnp.dtype(bias.dtype).itemsize
-    # results leave from memory of their own where there is some: the next item's q can then come early. Else from q's
-    own_out = E != Ev or (several and room >= 0)
+    own_out = several or E != Ev  # results leave from memory of their own; else from q's, which has been read by then
     products = Wgmma(interpret is not None)
     drops = shape.dropout_p > 0
     arrays, structure = jax.tree.flatten(mask)
@@ -122,7 +117,7 @@ def forward(
         return tuple(0 if size == 1 else i for size, i in zip(ref.shape, index, strict=False))
 
     def kernel(*refs: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None, bias_free: Any = None) -> None:  # fmt: skip
+               v_free: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None, bias_free: Any = None) -> None:  # fmt: skip
         given = iter(refs)
         q_ref, k_ref, v_ref = next(given), next(given), next(given)
         mask_refs = [next(given) for _ in arrays]
@@ -152,13 +147,22 @@ def forward(
         def slot(n: Any, of: int = stages) -> Any:
             return n % of if isinstance(n, int) else lax.rem(n, np.int32(of))
 
+        def q_slot(n: Any) -> Any:
+            return wg + n_wg * slot(n, 2) if several else wg
+
         def load_q(n: Any) -> None:
             """Ask for this warpgroup's rows of item n."""
             b, h, tile = items.at(program, n)
-            plgpu.copy_gmem_to_smem(at(q_ref, b, tile * config.rows + wg * bq, bq, h), q_s.at[wg], q_ready.at[wg])
+            plgpu.copy_gmem_to_smem(
+                at(q_ref, b, tile * config.rows + wg * bq, bq, h), q_s.at[q_slot(n)], q_ready.at[q_slot(n)]
+            )  # fmt: skip
 
-        def attend(n: Any, done: Any) -> Any:
-            """Item n by one computing warpgroup; `done` steps of the ring lie behind it, the result are those after it."""
+        def filled(shape_: tuple[int, ...], value: Any, layout: Any) -> Any:
+            return plgpu.layout_cast(jnp.full(shape_, value, jnp.float32), layout)
+
+        def scene(n: Any, done: Any) -> tuple[Any, Any, Any, Any]:
+            """Item n for one computing warpgroup: (steps, keep_words(i), first (m, l), softmax(s, m, l, i, packed)); `done` steps of
+            the ring lie behind it."""
             b, h, tile = items.at(program, n)
             base = tile * config.rows + wg * bq
             walk = walk_of(b, h, tile, tile * config.rows, config.rows)
@@ -171,9 +175,6 @@ def forward(
                 rows = plgpu.broadcasted_iota(jnp.int32, (bq,), 0, layout=ROW) + base
                 words = generator.query_words(seeds_ref[b, h, 0], seeds_ref[b, h, 1], rows)  # type: ignore[index]
 
-            def filled(shape_: tuple[int, ...], value: Any, layout: Any) -> Any:
-                return plgpu.layout_cast(jnp.full(shape_, value, jnp.float32), layout)
-
             def index(axis: int, start: Any = 0) -> Any:
                 return plgpu.broadcasted_iota(jnp.int32, (bq, bk), axis, layout=TILE) + start
 
@@ -184,10 +185,11 @@ def forward(
 
             by_row = functools.partial(loaded, start=base, length=bq, layout=ROW, axis=0)
 
-            def keep_words(t: Any) -> list[Any]:
-                """The packed dense mask of key tile t; loaded before the products, for the softmax."""
+            def keep_words(i: Any) -> list[Any]:
+                """The packed dense mask of step i; loaded before the products, for the softmax."""
                 if keep is None:
                     return []
+                t = walk.tile(i)
                 lead = shared(keep_ref, b, h)
                 one_word = keep_kind in ("row", "scalar")
                 found = [0] if one_word else [t * (bk // dense.WORD) + n for n in range(bk // dense.WORD)]
@@ -212,8 +214,8 @@ def forward(
                 return found.astype(jnp.float32)
 
             def masked(s: Any, t: Any, packed: list[Any]) -> Any:
-                if keep is not None:  # added, as torch does: a NaN score stays NaN
-                    s = jnp.where(dense.unpack(packed, index(1)), s, s + -jnp.inf)
+                if keep is not None:
+                    s = jnp.where(dense.unpack(packed, index(1)), s, -jnp.inf)
                 if mask is None and not ragged:
                     return s
                 k = index(1, t * bk)
@@ -227,7 +229,7 @@ def forward(
                 return jnp.where(kept & (k < S) if ragged else kept, s, -jnp.inf)
 
             def softmax(s: Any, m: Any, l: Any, i: Any, packed: list[Any]) -> tuple[Any, ...]:
-                """(m, l, shrink, p in the operands' dtype) after step i's scores (bq, bk)."""
+                """(m, l, shrink, p), float32, after step i's scores (bq, bk)."""
                 t = walk.tile(i)
                 if not waits:
                     s = s * (shape.scale if scale_ref is None else scale_ref[shared(scale_ref, b)])
@@ -249,76 +251,25 @@ def forward(
                     kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
                     # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
                     p = lax.optimization_barrier(jnp.where(kept, p, 0.0))
-                return m, l, shrink, p.astype(dtype)
+                return m, l, shrink, p
 
             m, l = filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
             if sinks_ref is not None:
                 sink = sinks_ref[(*shared(sinks_ref, b), h)] * (LOG2E / factor)
                 m, l = filled((bq,), sink, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
-            acc = filled((bq, Ev), 0.0, TILE)
-            q_tile = q_s.at[wg]
-            plgpu.barrier_wait(q_ready.at[wg])
+            return steps, keep_words, (m, l), softmax
 
-            def next_q() -> None:
-                """Q's memory is free: ask for the next item's."""
-                pl.when(n + 1 < count)(lambda: load_q(n + 1))
-
-            if config.overlap:
-                now = slot(done)
-                packed = keep_words(walk.tile(0))
-                plgpu.barrier_wait(k_ready.at[now])
-                s = products.scores(q_tile, k_s.at[now])
-                plgpu.barrier_arrive(k_free.at[now])
-                m, l, _, p = softmax(s, m, l, 0, packed)
-
-                def overlapped(i: Any, state: Any) -> Any:
-                    acc, m, l, p = state
-                    now, before = slot(done + i), slot(done + i - 1)
-                    packed = keep_words(walk.tile(i))
-                    plgpu.barrier_wait(k_ready.at[now])
-                    acc, (m, l, shrink, p) = products.step(
-                        q_tile, k_s.at[now], acc, p, v_s.at[before],
-                        lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
-                        functools.partial(softmax, i=i, packed=packed), (m, l),
-                    )  # fmt: skip
-                    plgpu.barrier_arrive(v_free.at[before])
-                    return acc * over_columns(shrink, acc), m, l, p
-
-                acc, m, l, p = lax.fori_loop(np.int32(1), steps, overlapped, (acc, m, l, p))
-                if several and own_out:
-                    plgpu.commit_smem()  # all four warps have read q for the last time
-                    next_q()
-                end = slot(done + steps - 1)
-                plgpu.barrier_wait(v_ready.at[end])
-                acc = products.add(acc, p, v_s.at[end])
-                plgpu.barrier_arrive(v_free.at[end])
-            else:
-
-                def plain(i: Any, state: Any) -> Any:
-                    acc, m, l = state
-                    now = slot(done + i)
-                    packed = keep_words(walk.tile(i))
-                    plgpu.barrier_wait(k_ready.at[now])
-                    s = products.scores(q_tile, k_s.at[now])
-                    plgpu.barrier_arrive(k_free.at[now])
-                    m, l, shrink, p = softmax(s, m, l, i, packed)
-                    acc = acc * over_columns(shrink, acc)
-                    plgpu.barrier_wait(v_ready.at[now])
-                    acc = products.add(acc, p, v_s.at[now])
-                    plgpu.barrier_arrive(v_free.at[now])
-                    return acc, m, l
-
-                acc, m, l = lax.fori_loop(np.int32(0), steps, plain, (acc, m, l))
-                if several and own_out:
-                    plgpu.commit_smem()
-                    next_q()
-
+        def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
+            """Store the results of item n."""
+            b, h, tile = items.at(program, n)
+            base = tile * config.rows + wg * bq
             share, lse = online_softmax.finish(m, l, factor)
             if drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
-            if several and own_out:
+            if several:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results have left
-            out_tile = q_tile if out_s is None else out_s.at[wg]
+            out_tile = out_s.at[wg] if own_out else q_s.at[wg]
+            plgpu.commit_smem()
             out_tile[...] = (acc * over_columns(share, acc)).astype(dtype)
             lse_s[wg] = lse
             plgpu.commit_smem()
@@ -328,10 +279,65 @@ def forward(
             def _() -> None:
                 plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
 
-            if several and not own_out:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                next_q()
-            return done + steps
+        def attend(n: Any, state: Any) -> Any:
+            """All steps of item n but those that lie behind already; the state is of the last step, whose PV is still to come."""
+            done, acc, m, l, p = state
+            steps, keep_words, (m_first, l_first), softmax = scene(n, done)
+            q_tile = q_s.at[q_slot(n)]
+
+            def step(i: Any, state: Any) -> Any:
+                acc, m, l, p = state
+                now, before = slot(done + i), slot(done + i - 1)
+                packed, m_now, l_now = keep_words(i), m, l
+                if several:
+                    m_now, l_now = lax.cond(i == 0, lambda m, l: (m_first, l_first), lambda m, l: (m, l), m, l)
+
+                    @pl.when(i == 0)
+                    def _() -> None:
+                        plgpu.barrier_wait(q_ready.at[q_slot(n)])
+                        plgpu.commit_smem()  # all four warps have read the last item's q, and its memory is the next one's
+                        pl.when(n + 1 < count)(lambda: load_q(n + 1))
+
+                plgpu.barrier_wait(k_ready.at[now])
+                acc, (m_now, l_now, shrink, p) = products.step(
+                    q_tile, k_s.at[now], acc, p, v_s.at[before],
+                    lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
+                    functools.partial(softmax, i=i, packed=packed), (m_now, l_now), pin_s.at[wg] if config.pinned else None,
+                )  # fmt: skip
+                plgpu.barrier_arrive(v_free.at[before])
+                if not several:
+                    return acc * over_columns(shrink, acc), m_now, l_now, p
+
+                def last_item(acc: Any) -> Any:
+                    finish(n - 1, acc, m, l)
+                    return filled((bq, Ev), 0.0, TILE)
+
+                return lax.cond(i == 0, last_item, lambda acc: acc * over_columns(shrink, acc), acc), m_now, l_now, p
+
+            start = jnp.where(n == 0, 1, 0) if several else np.int32(1)
+            return done + steps, *lax.fori_loop(start, steps, step, (acc, m, l, p))
+
+        def compute() -> None:
+            """One computing warpgroup: the first step, then each with the last one's PV, then that of the very last."""
+            load_q(0)
+            if several:
+                pl.when(count > 1)(lambda: load_q(1))
+            _, keep_words, (m, l), softmax = scene(0, 0)
+            packed = keep_words(0)
+            plgpu.barrier_wait(q_ready.at[q_slot(0)])
+            plgpu.barrier_wait(k_ready.at[0])
+            s = products.scores(q_s.at[q_slot(0)], k_s.at[0])
+            plgpu.barrier_arrive(k_free.at[0])
+            m, l, _, p = softmax(s, m, l, 0, packed)
+            p = p.astype(dtype)
+            state = (np.int32(0), filled((bq, Ev), 0.0, TILE), m, l, p)
+            done, acc, m, l, p = lax.fori_loop(np.int32(0), count, attend, state) if several else attend(0, (0, *state[1:]))
+            end = slot(done - 1)
+            plgpu.barrier_wait(v_ready.at[end])
+            acc = products.add(acc, p, v_s.at[end])
+            plgpu.barrier_arrive(v_free.at[end])
+            finish(count - 1 if several else 0, acc, m, l)
+            plgpu.wait_smem_to_gmem(0)
 
         def load(n: Any, done: Any) -> Any:
             """The tiles of item n, as soon as there is room; `done` as in attend."""
@@ -361,12 +367,7 @@ def forward(
         def _compute() -> None:
             if interpret is None:
                 plgpu.set_max_registers(config.registers[0], action="increase")
-            load_q(0)
-            if several:
-                lax.fori_loop(np.int32(0), count, attend, np.int32(0))
-            else:
-                attend(0, 0)
-            plgpu.wait_smem_to_gmem(0)
+            compute()
 
         @pl.when(wg == n_wg)
         def _load() -> None:
@@ -384,6 +385,7 @@ def forward(
     out_shape = (B, Hq, rows_out, Ev) if shape.layout == "BHLE" else (B, rows_out, Hq, Ev)
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
+    q_slots = 2 * n_wg if several else n_wg
     free = barrier(num_arrivals=n_wg, num_barriers=stages)
     call = plgpu.kernel(
         kernel,
@@ -393,12 +395,13 @@ def forward(
         num_threads=n_wg + 1,
         thread_name="wg",
         scratch_types={
-            "q_s": smem((n_wg, bq, E), dtype, transforms=transforms(E)),
+            "q_s": smem((q_slots, bq, E), dtype, transforms=transforms(E)),
             "k_s": smem((stages, bk, E), dtype, transforms=transforms(E)),
             "v_s": smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
             **({"out_s": smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
-            "q_ready": barrier(num_barriers=n_wg),
+            **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned else {}),
+            "q_ready": barrier(num_barriers=q_slots),
             "k_ready": barrier(num_barriers=stages),
             "v_ready": barrier(num_barriers=stages),
             "k_free": free,
@@ -407,11 +410,12 @@ def forward(
                 "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(math.gcd(bk, bias.shape[3]), bias.dtype)),
                 "bias_ready": barrier(num_barriers=config.bias_stages),
                 "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
-            } if has_bias_tiles else {}),
+            } if bias_kind == "tile" else {}),
         },
         # no cross-warp reduction: a row of a WGMMA tile lies within four threads
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=True,
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )  # fmt: skip
@@ -423,7 +427,8 @@ def forward(
         whole = jax.tree.unflatten(structure, mask_arrays)
         more = []
         if keep is not None:
-            more += [visits.listed(keep, whole, config.rows, L, S, bk), dense.pack(keep, config.rows, bk)]
+            words = dense.pack(keep, config.rows, bk)
+            more += [visits.listed(words, whole, config.rows, L, S, bk), words]
         elif has_ids:
             more.append(visits.table(whole, config.rows, L, S, bk))
         if has_ids:  # a tile's ids are loaded whole

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -52,30 +53,40 @@ class Wgmma:
 
     def step(
         self, q: Any, k: Any, acc: Any, p: Any, v: Any, before_v: Callable[[], None], after_k: Callable[[], None],
-        softmax: Callable[..., tuple[Any, ...]], state: tuple[Any, Any],
+        softmax: Callable[..., tuple[Any, ...]], state: tuple[Any, Any], pin: Any,
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
-        """(acc + p @ v, softmax(q @ k.T, *state)): both products issued at once, the second still running under the softmax."""
+        """(acc + p @ v, softmax(q @ k.T, *state)): both products issued at once, the second still running under the softmax.
+
+        softmax(s, m, l) -> (m, l, shrink, p), all float32; p comes back in the dtype of the last one. pin: shared memory (rows,)
+        float32 that holds the second product under all of the softmax; None leaves it to the compiler where to wait.
+        """
         if self.interpret:
             s = self.scores(q, k)
             before_v()
             acc = self.add(acc, p, v)
             after_k()
-            return acc, softmax(s, *state)
+            *after, p32 = softmax(s, *state)
+            return acc, (*after, p32.astype(p.dtype))
 
         def stage(refs: Any) -> None:
             acc_ref, m_ref, l_ref, shrink_ref, p_ref = refs
-            p_now = p_ref[...]
 
             def products(s_ref: Any) -> Any:
                 plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
                 before_v()
-                plgpu.wgmma(acc_ref, p_now, v)
+                plgpu.wgmma(acc_ref, p, v)
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)  # of the two the scores only
 
             s = pl.run_scoped(products, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
             after_k()
-            m_ref[...], l_ref[...], shrink_ref[...], p_ref[...] = softmax(s, m_ref[...], l_ref[...])
+            m_new, l_new, shrink, p32 = lax.optimization_barrier(softmax(s, m_ref[...], l_ref[...]))
+            if pin is not None:
+                # ptxas puts the wait for the second product before the exponentials, if it may: not across a store of their sum
+                pin[...] = l_new
+            m_ref[...], l_ref[...], shrink_ref[...], p_ref[...] = m_new, l_new, shrink, p32
 
         m, l = state
-        acc, *after = pl.run_state(stage)((plgpu.ACC.init(acc), m, l, m, p))
-        return acc, tuple(after)
+        unset = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), plgpu.Layout.WGMMA)
+        acc, *after, p32 = pl.run_state(stage)((plgpu.ACC.init(acc), m, l, m, unset))
+        # narrowed when the second product, which reads the last p, is done: before, ptxas would serialise (C7513)
+        return acc, (*after, p32.astype(p.dtype))

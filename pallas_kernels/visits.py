@@ -101,18 +101,15 @@ def table(mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
     return jax.vmap(of_tile, out_axes=1)(jnp.arange(cdiv(L, rows), dtype=jnp.int32) * rows)
 
 
-def listed(keep: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
-    """The list of a dense mask `keep` (B|1, Hq|1, L|1, S|1) and a structured one: its tiles without a kept key are left out."""
+def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
+    """The list of a dense mask, packed (`dense.pack`), and a structured one: its tiles without a kept key are left out."""
     row_tiles, key_tiles = cdiv(L, rows), cdiv(S, block_k)
-    some, every = keep, keep
-    for axis, size, block, tiles in ((2, L, rows, row_tiles), (3, S, block_k, key_tiles)):
-        if keep.shape[axis] == 1:
-            continue  # broadcast: the same for every tile
-        pad = [(0, 0)] * 4
-        pad[axis] = (0, tiles * block - size)
-        shape = (*some.shape[:axis], tiles, block, *some.shape[axis + 1 :])
-        some = jnp.pad(some, pad, constant_values=False).reshape(shape).any(axis + 1)
-        every = jnp.pad(every, pad, constant_values=True).reshape(shape).all(axis + 1)
+    some, every = words != 0, words == -1
+    for axis, tiles in ((3, row_tiles), (2, key_tiles)):  # a broadcast dim is the same for every tile
+        if words.shape[axis] != 1:
+            shape = (*some.shape[:axis], tiles, words.shape[axis] // tiles, *some.shape[axis + 1 :])
+            some, every = some.reshape(shape).any(axis + 1), every.reshape(shape).all(axis + 1)
+    some, every = jnp.swapaxes(some, 2, 3), jnp.swapaxes(every, 2, 3)
     found = table(mask, rows, L, S, block_k)[:, None]  # (B|1, 1, row tiles, 4)
     first, full_first, full_last, last = (found[..., n, None] for n in range(4))
     at = jnp.arange(key_tiles, dtype=jnp.int32)
@@ -126,10 +123,11 @@ def listed(keep: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) 
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """Which (batch entry, head, row tile) is the n-th item of program p: `per_program` items in a row.
+    """Which (batch entry, head, row tile) is the n-th item of program p, of `per_program` items.
 
-    The row tiles of a head come heaviest first where a program has one (the GPU's own scheduler then balances what causal masks
-    leave), and as last, first, last but one, second, … where it has several: each pair is as much work as any other.
+    Heads stand in a row, their row tiles heaviest first. With several items, program p takes the p-th, then the p-th from behind of
+    the next `programs` ones, and so on: what runs at one time are neighbours, which share K and V in the cache, and under a causal
+    mask a light item follows a heavy one.
     """
 
     batch: int
@@ -145,15 +143,18 @@ class Items:
     def programs(self) -> int:
         return cdiv(self.total, self.per_program)
 
+    def _number(self, p: Any, n: Any) -> Any:
+        if self.per_program == 1:
+            return p
+        return n * self.programs + lax.select(lax.rem(n, np.int32(2)) == 0, p, self.programs - 1 - p)
+
     def count(self, p: Any) -> Any:
-        return jnp.minimum(np.int32(self.per_program), self.total - p * self.per_program)
+        last = self.per_program - 1
+        if self.total == self.per_program * self.programs:
+            return np.int32(self.per_program)
+        return jnp.where(self._number(p, np.int32(last)) < self.total, np.int32(last + 1), np.int32(last))
 
     def at(self, p: Any, n: Any) -> tuple[Any, Any, Any]:
-        x = p * self.per_program + n
+        x = self._number(p, n)
         head, r = lax.div(x, np.int32(self.row_tiles)), lax.rem(x, np.int32(self.row_tiles))
-        if self.per_program == 1:
-            tile = self.row_tiles - 1 - r
-        else:
-            half = lax.div(r, np.int32(2))
-            tile = jnp.where(lax.rem(r, np.int32(2)) == 0, self.row_tiles - 1 - half, half)
-        return lax.div(head, np.int32(self.heads)), lax.rem(head, np.int32(self.heads)), tile
+        return lax.div(head, np.int32(self.heads)), lax.rem(head, np.int32(self.heads)), self.row_tiles - 1 - r

@@ -16,11 +16,10 @@ from pallas_kernels.contracts import ForwardConfig
 
 pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 
-PLAIN = ForwardConfig(overlap=False)
 NARROW = ForwardConfig(block_k=64)
 SEVERAL = ForwardConfig(row_tiles=2)
-SEVERAL_PLAIN = ForwardConfig(row_tiles=3, overlap=False)
-THREE = ForwardConfig(overlap=False, warpgroups=3, registers=(160, 32))
+MORE = ForwardConfig(row_tiles=3)
+THREE = ForwardConfig(warpgroups=3, registers=(160, 32))
 
 
 def kernel(problem, dtype, layout, mask, config, key, p, interpret=True, keep=None):
@@ -89,8 +88,8 @@ CASES = {
     "8 x 264, scale 0": lambda: (make(8, 264, B=1, Hq=1, E=64, scale=0.0), {}),
     "block - 8 and + 8, (B, L, H, E), grouped": lambda: (make(120, 136, B=2, Hq=4, Hk=2, E=64), {"layout": "BLHE"}),
     "causal": lambda: (make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0)), {"mask": causal()}),
-    "causal, first rows empty, plain": lambda: (
-        make(200, 136, B=1, Hq=1, E=64, keep=band(200, 136, -1, 0, -72)), {"mask": causal(-72), "config": PLAIN}
+    "causal, first rows empty": lambda: (
+        make(200, 136, B=1, Hq=1, E=64, keep=band(200, 136, -1, 0, -72)), {"mask": causal(-72)}
     ),
     "window over narrow tiles": lambda: (
         make(136, 264, B=1, Hq=1, E=64, keep=band(136, 264, 70, 0, 100)), {"mask": sliding_window(70, 0, 100), "config": NARROW}
@@ -109,9 +108,9 @@ CASES = {
         make(200, 200, B=2, Hq=2, Hk=1, E=64, keep=same_segment(PACKED, PACKED) & band(200, 200, -1, 0)),
         {"mask": SegmentIds(jnp.asarray(PACKED)) & causal(), "layout": "BLHE"},
     ),
-    "segments, L != S, shared by the batch, plain": lambda: (
+    "segments, L != S, shared by the batch": lambda: (
         make(72, 264, B=2, Hq=1, E=64, keep=same_segment(np.arange(72) // 30, np.arange(264) // 100)),
-        {"mask": SegmentIds(jnp.arange(72) // 30, jnp.arange(264) // 100), "config": PLAIN},
+        {"mask": SegmentIds(jnp.arange(72) // 30, jnp.arange(264) // 100)},
     ),
     "query lengths": lambda: (
         make(136, 136, B=1, Hq=1, E=64, keep=(np.arange(136) < 70)[:, None]), {"mask": QueryLengths(jnp.array([70]))}
@@ -124,25 +123,25 @@ CASES = {
         make(64, 136, B=2, Hq=2, E=64, sinks=sinks(1.0, -np.inf), keep=lengths(64, 136, [0, 30])), {"mask": KeyLengths(jnp.array([0, 30]))}
     ),
     "several row tiles a program": lambda: (make(264, 136, B=2, Hq=2, Hk=1, E=64), {"config": SEVERAL}),
-    "several row tiles, causal, plain": lambda: (
-        make(264, 264, B=1, Hq=2, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": SEVERAL_PLAIN}
+    "several row tiles, causal": lambda: (
+        make(264, 264, B=1, Hq=2, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": MORE}
     ),
     "several row tiles, lengths, E 128, Ev 64": lambda: (
         make(200, 264, B=2, Hq=1, E=128, Ev=64, keep=lengths(200, 264, [70, 0])), {"mask": KeyLengths(jnp.array([70, 0])), "config": SEVERAL}
     ),
     "dense mask": lambda: (masked_by(200, 392, keep := dense(2, 1, 200, 392)), {"keep": keep}),
-    "dense mask of each head, causal, plain, several row tiles": lambda: (
+    "dense mask of each head, causal, several row tiles": lambda: (
         masked_by(264, 264, keep := dense(1, 2, 264, 264), B=1, also=band(264, 264, -1, 0)),
-        {"keep": keep, "mask": causal(), "config": SEVERAL_PLAIN},
+        {"keep": keep, "mask": causal(), "config": MORE},
     ),
     "dense mask of keys": lambda: (masked_by(72, 200, keep := dense(2, 1, 1, 200)), {"keep": keep}),
     "dense mask of queries, narrow": lambda: (masked_by(72, 200, keep := dense(1, 2, 72, 1)), {"keep": keep, "config": NARROW}),
     "dense mask, all False": lambda: (masked_by(72, 136, keep := np.zeros((1, 1, 72, 136), bool)), {"keep": keep}),
-    "bias, bfloat16": lambda: (make(200, 264, B=2, Hq=2, E=64, bias=biased(2, 2, 200, 264, dtype=jnp.bfloat16)), {}),
+    "bias, bfloat16": lambda: (make(200, 272, B=2, Hq=2, E=64, bias=biased(2, 2, 200, 272, dtype=jnp.bfloat16)), {}),
     "bias, float32, shared by the heads, causal": lambda: (
         make(136, 136, B=2, Hq=2, E=64, bias=biased(2, 1, 136, 136), keep=band(136, 136, -1, 0)), {"mask": causal(), "config": NARROW}
     ),
-    "bias of keys, plain": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 1, 200)), {"config": PLAIN}),
+    "bias of keys": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 1, 200)), {}),
     "bias of queries": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 72, 1)), {}),
     "bias, one number, and a dense mask": lambda: (
         masked_by(72, 200, keep := dense(2, 1, 72, 200), bias=np.float32([[[[-3e38]]]])), {"keep": keep}

@@ -58,10 +58,11 @@ class Flash(Implementation):
         return reasons
 
     def notes(self, request: SdpaRequest, device: Device) -> tuple[str, ...]:
-        tiles = request.bias is not None and dense.kind(request.bias) == "tile"
+        bias = request.bias
+        bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
         names = flash_attention.padding(
-            request.query_len, request.key_len, request.head_dim, request.value_head_dim, has_bias_tiles=tiles
-        )
+            request.query_len, request.key_len, request.head_dim, request.value_head_dim, bias_bytes
+        )  # fmt: skip
         padded = (f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.",) if names else ()
         return ("Derivatives run the XLA implementation, from the saved lse.", *padded)
 
