@@ -118,6 +118,10 @@ class Mask:
         """The same mask for longer arrays, whose additional positions somebody else masks."""
         return self
 
+    def moved(self, by: Any) -> Mask:
+        """The same mask for positions of queries and keys that both count from `by`."""
+        return self
+
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         """The mask of one tile in a kernel: each array with a number per batch entry replaced by `number(array)`, ids of
         queries and of keys by `by_query` and `by_key` of theirs. Nothing is checked: the arrays may be references to memory."""
@@ -182,14 +186,14 @@ class Band(Mask):
             object.__setattr__(self, "offset", _int32(self.offset, "offset"))
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
-        distance = k_idx - q_idx - _spread(self.offset)
+        position = q_idx + _spread(self.offset)  # bounds on the query's side: a tile's key indices may be constants
         if self.left < 0 and self.right < 0:
-            return distance == distance
+            return k_idx - position == k_idx - position
         if self.left < 0:
-            return distance <= self.right
+            return k_idx <= position + self.right
         if self.right < 0:
-            return distance >= -self.left
-        return (distance >= -self.left) & (distance <= self.right)
+            return k_idx >= position - self.left
+        return (k_idx >= position - self.left) & (k_idx <= position + self.right)
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         lo = 0 if self.left < 0 else _clip(q_lo + self.offset - self.left, S)
@@ -244,6 +248,9 @@ class KeyLengths(Mask):
         kept = k_idx + 0 * q_idx < _spread(self.lengths)
         return kept if self.starts is None else kept & (k_idx >= _spread(self.starts))
 
+    def moved(self, by: Any) -> Mask:
+        return _Between(None if self.starts is None else self.starts - by, self.lengths - by)
+
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         lo = 0 if self.starts is None else _clip(self.starts, S)
         return lo, _maximum(lo, _clip(self.lengths, S))
@@ -271,11 +278,27 @@ class QueryLengths(Mask):
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         return q_idx + 0 * k_idx < _spread(self.lengths)
 
+    def moved(self, by: Any) -> Mask:
+        return _Between(None, self.lengths - by, of_queries=1)
+
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         return 0, _if(q_lo < self.lengths, S)
 
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         return 0, _if(q_hi <= self.lengths, S)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Between(Mask):
+    """Lengths, moved: `lo <= index < hi` with bounds that broadcast with the indices as they are."""
+
+    lo: Any
+    hi: Any
+    of_queries: int = 0
+
+    def keep(self, q_idx: Index, k_idx: Index) -> Any:
+        index = q_idx if self.of_queries else k_idx
+        return index < self.hi if self.lo is None else (index < self.hi) & (index >= self.lo)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +416,9 @@ class And(Mask):
 
     def padded(self, more_q: Index, more_k: Index) -> And:
         return And(tuple(mask.padded(more_q, more_k) for mask in self.masks))
+
+    def moved(self, by: Any) -> And:
+        return And(tuple(mask.moved(by) for mask in self.masks))
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> And:
         return And(tuple(mask.local(number, by_query, by_key) for mask in self.masks))

@@ -30,6 +30,10 @@ class Mask(Protocol):
         """The mask with ids for so many more queries and keys."""
         ...
 
+    def moved(self, by: Any) -> Any:
+        """The same mask for positions of queries and keys that both count from `by`."""
+        ...
+
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Any:
         """The mask of one tile: each array per batch entry, per query, per key replaced by what these make of it."""
         ...

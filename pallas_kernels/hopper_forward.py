@@ -131,6 +131,11 @@ def forward(
         program, wg = lax.axis_index("program"), lax.axis_index("wg")
         count = items.count(program)
 
+        zero = 0 * program  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
+
+        def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
+            return lax.fori_loop(start + zero, stop + zero, body, state)
+
         def mask_at(b: Any, by_query: Any = None, by_key: Any = None) -> Any:
             """The mask with the numbers of this batch entry, and the ids of a tile."""
             if mask is None:
@@ -145,10 +150,10 @@ def forward(
             return visits.ranges(mask_at(b), q_lo, rows, L, S, bk)
 
         def slot(n: Any, of: int = stages) -> Any:
-            return n % of if isinstance(n, int) else lax.rem(n, np.int32(of))
+            return lax.rem(n, np.int32(of))
 
         def q_slot(n: Any) -> Any:
-            return wg + n_wg * slot(n, 2) if several else wg
+            return wg + n_wg * slot(n + zero, 2) if several else wg
 
         def load_q(n: Any) -> None:
             """Ask for this warpgroup's rows of item n."""
@@ -166,7 +171,6 @@ def forward(
             b, h, tile = items.at(program, n)
             base = tile * config.rows + wg * bq
             walk = walk_of(b, h, tile, tile * config.rows, config.rows)
-            steps = np.int32(walk.steps) if isinstance(walk.steps, int) else walk.steps
             if not has_ids and keep is None:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
                 own = walk_of(b, h, tile, base, bq)
                 walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
@@ -182,6 +186,13 @@ def forward(
                 """A stretch of a 1-d operand along one axis of the tile."""
                 vector = plgpu.load(ref.at[pl.ds(start, length)], layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
                 return lax.broadcast_in_dim(vector, (bq, bk), [axis])
+
+            def columns(t: Any) -> tuple[Any, Any]:
+                """(here, k): the keys of tile t are here + k, and k is a constant for each register: the bits of a column but 1 and
+                2, which are the thread's. Positions that count from `here` cost no register; whole indices, which the compiler keeps
+                throughout the loop, one each, and it spills."""
+                column = index(1)
+                return (column & 6) + t * bk, column & ~6
 
             by_row = functools.partial(loaded, start=base, length=bq, layout=ROW, axis=0)
 
@@ -218,15 +229,18 @@ def forward(
                     s = jnp.where(dense.unpack(packed, index(1)), s, -jnp.inf)
                 if mask is None and not ragged:
                     return s
-                k = index(1, t * bk)
+                here, k = columns(t)
                 kept: Any = True
                 if mask is not None:
                     ids = lambda ref, **where: Ids(loaded(ref.at[shared(ref, b)], **where))  # noqa: E731
-                    kept = mask_at(
+                    own_mask = mask_at(
                         b, functools.partial(ids, start=base, length=bq, layout=ROW, axis=0),
                         functools.partial(ids, start=t * bk, length=bk, layout=COLUMN, axis=1),
-                    ).keep(index(0, base), k)  # fmt: skip
-                return jnp.where(kept & (k < S) if ragged else kept, s, -jnp.inf)
+                    )  # fmt: skip
+                    kept = own_mask.moved(here).keep(index(0, base) - here, k)
+                if ragged:
+                    kept = kept & (k < S - here)
+                return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
 
             def softmax(s: Any, m: Any, l: Any, i: Any, packed: list[Any]) -> tuple[Any, ...]:
                 """(m, l, shrink, p), float32, after step i's scores (bq, bk)."""
@@ -240,6 +254,8 @@ def forward(
                     s = s + addend(t, done + i)
                 if mask is not None or keep is not None or ragged:
                     cut = walk.partial(i)
+                    if drops:  # beside the words of dropout a branch spills: every tile is masked
+                        cut = True
                     if not isinstance(cut, bool):
                         s = lax.cond(cut, lambda s: masked(s, t, packed), lambda s: s, s)
                     elif cut:
@@ -247,7 +263,8 @@ def forward(
                 m, l, shrink, p = online_softmax.update(s, factor, m, l, huge=bias is not None)
                 if drops:
                     a, c = words
-                    key_words = generator.key_words(seeds_ref[b, h, 1], index(1, t * bk))  # type: ignore[index]
+                    here, k = columns(t)
+                    key_words = generator.key_words(seeds_ref[b, h, 1], here + k)  # type: ignore[index]
                     kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
                     # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
                     p = lax.optimization_barrier(jnp.where(kept, p, 0.0))
@@ -257,13 +274,13 @@ def forward(
             if sinks_ref is not None:
                 sink = sinks_ref[(*shared(sinks_ref, b), h)] * (LOG2E / factor)
                 m, l = filled((bq,), sink, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
-            return steps, keep_words, (m, l), softmax
+            return walk.steps, keep_words, (m, l), softmax
 
         def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
             """Store the results of item n."""
             b, h, tile = items.at(program, n)
             base = tile * config.rows + wg * bq
-            share, lse = online_softmax.finish(m, l, factor)
+            share, lse = online_softmax.finish(m, l, factor, huge=bias is not None)
             if drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
             if several:
@@ -314,15 +331,15 @@ def forward(
 
                 return lax.cond(i == 0, last_item, lambda acc: acc * over_columns(shrink, acc), acc), m_now, l_now, p
 
-            start = jnp.where(n == 0, 1, 0) if several else np.int32(1)
-            return done + steps, *lax.fori_loop(start, steps, step, (acc, m, l, p))
+            start = jnp.where(n == 0, np.int32(1), np.int32(0)) if several else 1
+            return done + steps, *loop(start, steps, step, (acc, m, l, p))
 
         def compute() -> None:
             """One computing warpgroup: the first step, then each with the last one's PV, then that of the very last."""
             load_q(0)
             if several:
                 pl.when(count > 1)(lambda: load_q(1))
-            _, keep_words, (m, l), softmax = scene(0, 0)
+            steps, keep_words, (m, l), softmax = scene(0, zero)
             packed = keep_words(0)
             plgpu.barrier_wait(q_ready.at[q_slot(0)])
             plgpu.barrier_wait(k_ready.at[0])
@@ -330,8 +347,14 @@ def forward(
             plgpu.barrier_arrive(k_free.at[0])
             m, l, _, p = softmax(s, m, l, 0, packed)
             p = p.astype(dtype)
-            state = (np.int32(0), filled((bq, Ev), 0.0, TILE), m, l, p)
-            done, acc, m, l, p = lax.fori_loop(np.int32(0), count, attend, state) if several else attend(0, (0, *state[1:]))
+            state = (zero, filled((bq, Ev), 0.0, TILE), m, l, p)
+            if several:
+                state = loop(0, count, attend, state)
+            elif not (isinstance(steps, int) and steps == 1):
+                state = attend(0, state)
+            else:  # no loop: an unused iota in it would keep Mosaic's layout inference searching for a minute, and fail
+                state = (zero + 1, *state[1:])
+            done, acc, m, l, p = state
             end = slot(done - 1)
             plgpu.barrier_wait(v_ready.at[end])
             acc = products.add(acc, p, v_s.at[end])
@@ -359,9 +382,8 @@ def forward(
                     bring(bias_ref.at[(*shared(bias_ref, b, h), *where)], bias_s, bias_ready, bias_free, config.bias_stages)  # type: ignore[union-attr]
                 bring(at(v_ref, b, t * bk, bk, kv_head), v_s, v_ready, v_free, stages)
 
-            steps = np.int32(walk.steps) if isinstance(walk.steps, int) else walk.steps
-            lax.fori_loop(np.int32(0), steps, step, None)
-            return done + steps
+            loop(0, walk.steps, step, None)
+            return done + walk.steps
 
         @pl.when(wg < n_wg)
         def _compute() -> None:
@@ -373,13 +395,13 @@ def forward(
         def _load() -> None:
             if interpret is None:
                 plgpu.set_max_registers(config.registers[1], action="decrease")
-            done = lax.fori_loop(np.int32(0), count, load, np.int32(0)) if several else load(0, 0)
+            done = loop(0, count, load, zero) if several else load(0, zero)
 
             # every completed phase must be waited for before the program ends
             for free, of in ((k_free, stages), (v_free, stages), (bias_free, config.bias_stages)):
                 if free is not None:
                     wait = lambda number, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(number, of)])  # noqa: E731
-                    lax.fori_loop(jnp.maximum(done - of, 0), done, wait, None)
+                    loop(visits.greatest(done - of, 0), done, wait, None)
 
     rows_out = cdiv(L, 8) * 8
     out_shape = (B, Hq, rows_out, Ev) if shape.layout == "BHLE" else (B, rows_out, Hq, Ev)

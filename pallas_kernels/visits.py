@@ -30,11 +30,11 @@ def _divided(x: Any, by: int) -> Any:
     return x // by if isinstance(x, int) or x.ndim else lax.div(x, np.int32(by))
 
 
-def _least(a: Any, b: Any) -> Any:
+def least(a: Any, b: Any) -> Any:
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
 
-def _greatest(a: Any, b: Any) -> Any:
+def greatest(a: Any, b: Any) -> Any:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
 
 
@@ -83,10 +83,12 @@ def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> Ran
         lo, hi = mask.kv_range(q_lo, q_lo + rows, L, S)
         full_lo, full_hi = mask.full_range(q_lo, q_lo + rows, L, S)
     tiles = cdiv(S, block_k)
-    first = _least(_divided(lo, block_k), tiles - 1)
-    last = _greatest(_divided(hi + (block_k - 1), block_k), first + 1)
-    full_first = _least(_greatest(_divided(full_lo + (block_k - 1), block_k), first), last)
-    full_last = _least(_greatest(_divided(full_hi, block_k), full_first), last)
+    first = least(_divided(lo, block_k), tiles - 1)
+    last = greatest(_divided(hi + (block_k - 1), block_k), first + 1)
+    if tiles == 1:  # known now, whatever the mask
+        first, last = 0, 1
+    full_first = least(greatest(_divided(full_lo + (block_k - 1), block_k), first), last)
+    full_last = least(greatest(_divided(full_hi, block_k), full_first), last)
     return RangeWalk(first, full_first, full_last, last)
 
 
@@ -146,13 +148,15 @@ class Items:
     def _number(self, p: Any, n: Any) -> Any:
         if self.per_program == 1:
             return p
+        if isinstance(n, int):
+            return n * self.programs + (p if n % 2 == 0 else self.programs - 1 - p)
         return n * self.programs + lax.select(lax.rem(n, np.int32(2)) == 0, p, self.programs - 1 - p)
 
     def count(self, p: Any) -> Any:
         last = self.per_program - 1
         if self.total == self.per_program * self.programs:
             return np.int32(self.per_program)
-        return jnp.where(self._number(p, np.int32(last)) < self.total, np.int32(last + 1), np.int32(last))
+        return jnp.where(self._number(p, last) < self.total, np.int32(last + 1), np.int32(last))
 
     def at(self, p: Any, n: Any) -> tuple[Any, Any, Any]:
         x = self._number(p, n)

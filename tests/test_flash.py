@@ -1,7 +1,5 @@
 """FLASH_ATTENTION behind the public functions: the suite's cases through the kernel, interpreted here and compiled on a GPU."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +155,8 @@ def test_under_vmap_jvp_and_second_derivatives():
     with sdpa_kernel(SDPBackend.MATH):
         expected = jax.jit(all_of_it)(q, k, v)
     for x, y in zip(got, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.04, rtol=0.04)
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert np.abs(x - y).max() <= 0.03 * np.abs(y).max()  # a few roundings to bfloat16, one after another
 
 
 @pytest.mark.gpu
@@ -174,12 +173,11 @@ def test_remat_by_name_runs_the_kernel_once_and_the_default_choice_is_flash():
     assert text.count("mosaic_gpu") and sum("custom-call" in line and "mosaic_gpu" in line for line in text.splitlines()) == 1
 
 
-@functools.cache
-def _hopper_program(**options):
+def _hopper_program(length, **options):
     """The StableHLO of a call lowered for a Hopper that is not here."""
     from jax_sdpa.device import assume_device
 
-    q = jax.ShapeDtypeStruct((2, 4, 200, 72), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((2, 4, length, 72), jnp.bfloat16)
     with assume_device("cuda:sm90"), sdpa_kernel(FLASH):
         traced = jax.jit(lambda q: scaled_dot_product_attention(q, q, q, **options)).trace(q)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -190,15 +188,18 @@ def _hopper_program(**options):
     "options",
     [
         {}, {"is_causal": True}, {"scale": -0.3}, {"attn_mask": "keys"}, {"attn_mask": "dense"}, {"attn_mask": "bias"},
-        {"attn_mask": "segments"}, {"dropout_p": 0.1},
+        {"attn_mask": "segments"}, {"dropout_p": 0.1}, {"dropout_p": 0.1, "is_causal": True},
     ],
     ids=str,
 )  # fmt: skip
-def test_calls_lower_for_a_hopper(options):
+@pytest.mark.parametrize("length", [72, 200])
+def test_calls_lower_for_a_hopper(options, length):
     masks = {
-        "keys": KeyLengths(jnp.array([3, 200])), "dense": jnp.ones((2, 1, 200, 200), bool), "bias": jnp.ones((4, 200, 200)),
-        "segments": SegmentIds(jnp.zeros((2, 200), jnp.int32)),
+        "keys": KeyLengths(jnp.array([3, length])), "dense": jnp.ones((2, 1, length, length), bool),
+        "bias": jnp.ones((4, length, length)), "segments": SegmentIds(jnp.zeros((2, length), jnp.int32)),
     }  # fmt: skip
     given = {name: masks.get(x, x) if isinstance(x, str) else x for name, x in options.items()}
     given |= {"dropout_rng": jax.random.key(0)} if "dropout_p" in options else {}
-    assert _hopper_program.__wrapped__(**given).count("mosaic_gpu_v2") == 1
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            assert _hopper_program(length=length, **given).count("mosaic_gpu_v2") == 1
