@@ -55,9 +55,9 @@ class ForwardConfig:
     """How a forward kernel cuts its work.
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
-    warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one program, one after
-    another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a bias in flight. pinned: a
-    warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, which is early).
+    warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
+    program, one after another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a
+    bias in flight. pinned: a warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early).
     """
 
     block_q: int = 64
@@ -88,3 +88,26 @@ class ForwardConfig:
     def rows(self) -> int:
         """Query rows of one program."""
         return self.block_q * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardShape:
+    """The static facts of a call: what the kernel is compiled for."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    query_len: int
+    key_len: int
+    head_dim: int
+    value_head_dim: int
+    dtype: Any
+    layout: str  # 'BHLE' or 'BLHE'
+    scale: float | None  # None: an operand
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        return self.q_heads // self.kv_heads

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dense, tuning
-from pallas_kernels.contracts import ForwardConfig
+from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.visits import cdiv
-
 
 SWIZZLE = 32  # bytes: the narrowest that a tile can have in shared memory, and so what a bias's rows must be a multiple of
 
@@ -32,7 +31,7 @@ def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, bi
         names.append("key")
     if key_len % 8 or value_head_dim % 16:
         names.append("value")
-    if query_len % 8 and bias_bytes or key_len * bias_bytes % SWIZZLE:
+    if (query_len % 8 and bias_bytes) or key_len * bias_bytes % SWIZZLE:
         names.append("bias")
     return tuple(names)
 
@@ -44,7 +43,7 @@ def _longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
 
 
 def _hidden_by(mask: Any, keep: jax.Array, batch: int, L: int, S: int) -> tuple[Any, jax.Array]:
-    """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: nothing is then left to compute."""
+    """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: less is left to compute."""
     arrays = jax.tree.leaves(mask)
     if mask is None or dense.kind(keep) != "tile" or keep.shape[0] < max((array.shape[0] for array in arrays), default=1):
         return mask, keep
@@ -80,14 +79,15 @@ def forward(
     if keep is not None:
         mask, keep = _hidden_by(mask, keep, B, L, S)
     if bias is not None and dense.kind(bias) == "tile":
-        wide = S if S * bias.dtype.itemsize % SWIZZLE == 0 else _up(S, 64)  # if it is made anew, then for the widest swizzle
+        wide = S if S * bias.dtype.itemsize % SWIZZLE == 0 else _up(S, 64)  # made anew, it is made for the widest swizzle
         bias = _longer(bias, {2: _up(L, 8), 3: wide})
     if config is None:
         bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
         config = tuning.forward_config(
-            heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, bias_bytes=bias_bytes
+            heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None,
+            drops=drops, bias_bytes=bias_bytes,
         )  # fmt: skip
-    shape = hopper_forward.ForwardShape(
+    shape = ForwardShape(
         B, Hq, H, L, S, _up(E, 16), _up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,
         sinks is not None,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
-from pallas_kernels.contracts import ForwardConfig, Ids
+from pallas_kernels.contracts import ForwardConfig, ForwardShape, Ids
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.online_softmax import LOG2E, over_columns
 from pallas_kernels.visits import cdiv
@@ -40,33 +40,6 @@ from pallas_kernels.visits import cdiv
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-SHARED_MEMORY = 232448 - 2048
-"""Bytes of a program: 227 KB (CUDA C++ programming guide, compute capability 9.0) less what barriers, lse and alignment take."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardShape:
-    """The static facts of a call: what the kernel is compiled for."""
-
-    batch: int
-    q_heads: int
-    kv_heads: int
-    query_len: int
-    key_len: int
-    head_dim: int
-    value_head_dim: int
-    dtype: Any
-    layout: str  # 'BHLE' or 'BLHE'
-    scale: float | None  # None: an operand
-    softcap: float | None = None
-    dropout_p: float = 0.0
-    sinks: bool = False
-
-    @property
-    def group(self) -> int:
-        return self.q_heads // self.kv_heads
 
 
 def forward(
@@ -117,7 +90,8 @@ def forward(
         return tuple(0 if size == 1 else i for size, i in zip(ref.shape, index, strict=False))
 
     def kernel(*refs: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None, bias_free: Any = None) -> None:  # fmt: skip
+               v_free: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None,
+               bias_free: Any = None) -> None:  # fmt: skip
         given = iter(refs)
         q_ref, k_ref, v_ref = next(given), next(given), next(given)
         mask_refs = [next(given) for _ in arrays]
@@ -166,8 +140,8 @@ def forward(
             return plgpu.layout_cast(jnp.full(shape_, value, jnp.float32), layout)
 
         def scene(n: Any, done: Any) -> tuple[Any, Any, Any, Any]:
-            """Item n for one computing warpgroup: (steps, keep_words(i), first (m, l), softmax(s, m, l, i, packed)); `done` steps of
-            the ring lie behind it."""
+            """Item n for one computing warpgroup: (steps, keep_words(i), first (m, l), softmax(s, m, l, i, packed)); `done` steps
+            of the ring lie behind it."""
             b, h, tile = items.at(program, n)
             base = tile * config.rows + wg * bq
             walk = walk_of(b, h, tile, tile * config.rows, config.rows)
@@ -184,13 +158,14 @@ def forward(
 
             def loaded(ref: Any, start: Any, length: int, layout: Any, axis: int) -> Any:
                 """A stretch of a 1-d operand along one axis of the tile."""
-                vector = plgpu.load(ref.at[pl.ds(start, length)], layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
+                where = ref.at[pl.ds(start, length)]
+                vector = plgpu.load(where, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
                 return lax.broadcast_in_dim(vector, (bq, bk), [axis])
 
             def columns(t: Any) -> tuple[Any, Any]:
                 """(here, k): the keys of tile t are here + k, and k is a constant for each register: the bits of a column but 1 and
-                2, which are the thread's. Positions that count from `here` cost no register; whole indices, which the compiler keeps
-                throughout the loop, one each, and it spills."""
+                2, which are the thread's. Positions that count from `here` cost no register; whole indices cost one each, throughout
+                the loop, and spill."""
                 column = index(1)
                 return (column & 6) + t * bk, column & ~6
 
@@ -408,6 +383,7 @@ def forward(
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     q_slots = 2 * n_wg if several else n_wg
+    bias_transforms = transforms(math.gcd(bk, bias.shape[3]), bias.dtype) if bias is not None and bias_kind == "tile" else ()
     free = barrier(num_arrivals=n_wg, num_barriers=stages)
     call = plgpu.kernel(
         kernel,
@@ -429,10 +405,10 @@ def forward(
             "k_free": free,
             "v_free": free,
             **({
-                "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(math.gcd(bk, bias.shape[3]), bias.dtype)),
+                "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=bias_transforms),
                 "bias_ready": barrier(num_barriers=config.bias_stages),
                 "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
-            } if bias_kind == "tile" else {}),
+            } if bias is not None and bias_kind == "tile" else {}),
         },
         # no cross-warp reduction: a row of a WGMMA tile lies within four threads
         compiler_params=plgpu.CompilerParams(

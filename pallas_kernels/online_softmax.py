@@ -1,8 +1,8 @@
 """The running state of a row: its maximum m, the sum l of its exponentials, and what both become in the end.
 
-Milakov and Gimelshein, arXiv:1805.02867, with powers of 2: for scores s and a factor f, an element is p = 2**(f * s - r) with the row's
-r = f * m, m = max s. That is one fused multiply-add an element; r is rounded, and by as much all of a row's p and its l are off, so
-that it cancels, as long as everything (`shrink`, lse) is counted from the very same r: natural lse = r * ln 2 + ln l.
+Milakov and Gimelshein, arXiv:1805.02867, with powers of 2: for scores s and a factor f, an element is p = 2**(f * s - r) with the
+row's r = f * m, m = max s. That is one fused multiply-add an element; r is rounded, and by as much all of a row's p and its l are
+off, so that it cancels, as long as everything (`shrink`, lse) is counted from the very same r: natural lse = r * ln 2 + ln l.
 A row without keys has m = -inf and l = 0; it is decided here and nowhere else that such a row gives 0 and lse -inf.
 """
 
@@ -39,7 +39,7 @@ def _exponent(m: Any, factor: float, huge: bool) -> Any:
 def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any, Any, Any]:
     """(m, l, shrink, p) after a tile of scores: what came before counts `shrink` times as much, p = 2**(factor * (s - m)).
 
-    s (rows, columns) float32, -inf where masked; factor > 0; m, l, shrink (rows,). huge: scores may be as large as a float32 can be.
+    s (rows, columns) float32, -inf where masked; factor > 0; m, l, shrink (rows,). huge: scores may be as large as float32 holds.
     """
     m_new = jnp.maximum(m, s.max(axis=1))
     top = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # -inf - -inf would be NaN: a row that has seen no key yet

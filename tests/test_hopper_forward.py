@@ -12,7 +12,7 @@ from oracle import band, check, lengths, same_segment
 
 from jax_sdpa import compat, dropout
 from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, sliding_window
-from pallas_kernels.contracts import ForwardConfig
+from pallas_kernels.contracts import ForwardConfig, ForwardShape
 
 pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 
@@ -26,7 +26,7 @@ def kernel(problem, dtype, layout, mask, config, key, p, interpret=True, keep=No
     """(the compiled-to-be function, its arguments) of a Problem whose arrays are (B, H, length, dim); keep: a dense mask."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.hopper_forward import ForwardShape, forward
+    from pallas_kernels.hopper_forward import forward
 
     (B, Hq, L, E), (_, H, S, Ev) = problem.query.shape, problem.value.shape
     scale = E**-0.5 if problem.scale is None else float(problem.scale)
@@ -41,7 +41,13 @@ def kernel(problem, dtype, layout, mask, config, key, p, interpret=True, keep=No
     operands = [jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value)]
     operands = [jnp.swapaxes(x, 1, 2) for x in operands] if layout == "BLHE" else operands
     sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
-    more = {"mask_arrays": jax.tree.leaves(mask), "bias": bias, "keep": keep, "sinks": sinks, "seeds": dropout.seeds(key, B, Hq) if p else None}
+    more = {
+        "mask_arrays": jax.tree.leaves(mask),
+        "bias": bias,
+        "keep": keep,
+        "sinks": sinks,
+        "seeds": dropout.seeds(key, B, Hq) if p else None,
+    }
     return (lambda q, k, v, more: run(q, k, v, **more)), (*operands, more)
 
 

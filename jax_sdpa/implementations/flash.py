@@ -1,4 +1,4 @@
-"""FLASH_ATTENTION: our Pallas kernels for Hopper. Derivatives run the XLA implementation, from the saved lse, until their kernel lands."""
+"""FLASH_ATTENTION: our Pallas kernels for Hopper. Derivatives run the XLA implementation, from the saved lse."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Flash(Implementation):
         names = flash_attention.padding(
             request.query_len, request.key_len, request.head_dim, request.value_head_dim, bias_bytes
         )  # fmt: skip
-        padded = (f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.",) if names else ()
+        padded = (
+            (f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.",) if names else ()
+        )
         return ("Derivatives run the XLA implementation, from the saved lse.", *padded)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
