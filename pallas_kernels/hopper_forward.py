@@ -164,8 +164,8 @@ def forward(
 
             def columns(t: Any) -> tuple[Any, Any]:
                 """(here, k): the keys of tile t are here + k, and k is a constant for each register: the bits of a column but 1 and
-                2, which are the thread's. Positions that count from `here` cost no register; whole indices cost one each, throughout
-                the loop, and spill."""
+                2, which are the thread's. Positions that count from `here` cost no register; whole indices cost one each, in all
+                of the loop, and spill."""
                 column = index(1)
                 return (column & 6) + t * bk, column & ~6
 

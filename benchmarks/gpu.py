@@ -1,0 +1,261 @@
+"""`python -m benchmarks.gpu`: the forward on a GPU beside torch's backends and jax.nn's, in one process; device time; JSON.
+
+python -m benchmarks.gpu [--only D128] [--rounds 3] [--jax-nn] [--save NAME]
+
+Each call runs a few times under CUPTI (torch's profiler sees JAX's kernels too) and what its kernels take on the device is added
+up: launch gaps and the host do not count. Calls take turns in `rounds`; a figure is their median. Errors come first:
+||out - exact|| / ||exact|| against torch's EFFICIENT in float32, ours beside that of torch's own half-precision backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives on the same GPU
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.run import RESULTS
+from jax_sdpa import explain, scaled_dot_product_attention
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call on (B, H, L, D) queries and (B, Hk, S, D) keys and values; `extra` names what else it takes."""
+
+    name: str
+    B: int
+    H: int
+    L: int
+    D: int
+    causal: bool = False
+    Hk: int = 0
+    S: int = 0
+    dtype: str = "bfloat16"
+    extra: str = ""
+
+    @property
+    def kv(self) -> tuple[int, int]:
+        return self.Hk or self.H, self.S or self.L
+
+    @property
+    def flops(self) -> float:
+        """Of the two products, over what the mask leaves."""
+        full = 4.0 * self.B * self.H * self.L * self.kv[1] * self.D
+        if self.extra == "window":
+            return 4.0 * self.B * self.H * self.D * (self.L * 1024 - 1024 * 1023 / 2)
+        if self.extra == "lengths":
+            return full * 7 / 8
+        if self.extra == "segments":
+            return full / 8
+        return full / 2 if self.causal else full
+
+
+def _grid() -> list[Case]:
+    sizes = [(128, 16), (64, 32), (256, 8)]
+    shapes = [(1, 16384), (8, 2048), (32, 512)]
+    return [
+        Case(f"B{B} H{H} L{L} D{D} {'causal' if c else 'full'}", B, H, L, D, c)
+        for D, H in sizes
+        for B, L in shapes
+        for c in (False, True)
+    ]
+
+
+CASES = [
+    *_grid(),
+    Case("Qwen2-7B 28/4 L4096 D128 causal", 1, 28, 4096, 128, True, 4),
+    Case("Qwen2-7B 28/4 L32768 D128 causal", 1, 28, 32768, 128, True, 4),
+    Case("seed 1: B32 H8 L128 D64 f16", 32, 8, 128, 64, dtype="float16"),
+    Case("seed 2: B32 H32/8 L128 D64 f16", 32, 32, 128, 64, Hk=8, dtype="float16"),
+    *(Case(f"B4 H{H} L4096 D{D} {extra}", 4, H, 4096, D, extra=extra) for D, H in [(128, 16), (64, 32), (256, 8)]
+      for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "lengths", "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
+    *(Case(f"B4 H{H} L4096 D{D} causal dropout", 4, H, 4096, D, True, extra="dropout") for D, H in [(128, 16), (64, 32)]),
+    Case("B4 H16 L4096 D128 segments", 4, 16, 4096, 128, extra="segments"),
+    Case("B1 H16 L16384 D128 window 1024", 1, 16, 16384, 128, extra="window"),
+]  # fmt: skip
+
+
+def operands(case: Case) -> tuple[list[jax.Array], Any]:
+    """([query, key, value], what else the call takes)."""
+    Hk, S = case.kv
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (case.B, case.H, case.L, case.D), (case.B, Hk, S, case.D), (case.B, Hk, S, case.D)
+    arrays = [jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=False)]
+    more: Any = None
+    if case.extra.startswith("bool"):
+        rows = case.L if case.extra.endswith("L,S)") else 1
+        more = jax.random.bernoulli(keys[3], 0.7, (case.B, 1, rows, S))
+    elif case.extra.startswith("bias"):
+        own, dtype = (case.B, case.dtype) if case.extra.startswith("bias16") else (1, "float32")
+        more = jax.random.normal(keys[3], (own, case.H, case.L, S), dtype)
+    elif case.extra == "lengths":
+        more = KeyLengths(jnp.full((case.B,), S - S // 8, jnp.int32))
+    elif case.extra == "segments":
+        more = SegmentIds(jnp.broadcast_to(jnp.arange(case.L) // (case.L // 8), (case.B, case.L)))
+    return arrays, more
+
+
+def ours(case: Case, q: Any, k: Any, v: Any, more: Any) -> jax.Array:
+    mask = sliding_window(1023, 0) if case.extra == "window" else more
+    if case.causal:
+        mask = causal() if mask is None else causal() & mask
+    drop = {"dropout_p": 0.1, "dropout_rng": jax.random.key(1)} if case.extra == "dropout" else {}
+    return scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **drop)
+
+
+def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool) -> dict[str, Callable[[], Any]]:
+    """Those that can say the same, by name: torch's backends (EFFICIENT where no other can), and jax.nn's cuDNN if asked for."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (torch.from_dlpack(x) for x in arrays)
+    mask = None
+    if isinstance(more, jax.Array):
+        mask = torch.from_dlpack(more)
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    elif case.extra == "lengths":
+        mask = (torch.arange(case.L, device="cuda") < case.L - case.L // 8)[None, None, None, :].expand(case.B, 1, 1, case.L)
+    elif case.extra in ("segments", "window"):
+        return {}
+    options = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": case.kv[0] != case.H}
+    options["dropout_p"] = 0.1 if case.extra == "dropout" else 0.0
+    found: dict[str, Callable[[], Any]] = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+        def call(backend: Any = backend) -> Any:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+        if backend is SDPBackend.EFFICIENT_ATTENTION and found:
+            continue
+        try:
+            call()
+        except RuntimeError:  # torch's answer where the backend cannot
+            continue
+        found["torch " + backend.name.removesuffix("_ATTENTION")] = call
+    if jax_nn and more is None and not case.extra:
+        swapped = [jnp.swapaxes(x, 1, 2) for x in arrays]
+        run = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, implementation="cudnn"))
+        found["jax.nn cuDNN"] = lambda: run(*swapped)
+    return found
+
+
+def exact(case: Case, arrays: list[jax.Array], more: Any) -> Any:
+    """torch's EFFICIENT in float32, one batch entry; None where it cannot say it."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if case.extra in ("segments", "window", "lengths", "dropout"):
+        return None
+    q, k, v = (torch.from_dlpack(x)[:1].float() for x in arrays)
+    k, v = (x.repeat_interleave(case.H // case.kv[0], 1) for x in (k, v))
+    mask = None if more is None else torch.from_dlpack(more)[:1]
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask.float()).expand(1, case.H, case.L, case.kv[1])
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=case.causal)
+
+
+def _error(out: Any, reference: Any) -> float:
+    import torch
+
+    out = out if isinstance(out, torch.Tensor) else torch.from_dlpack(out)
+    return float((out[:1].float() - reference).norm() / reference.norm())
+
+
+def device_time(call: Callable[[], Any]) -> float:
+    """Seconds on the device, of all kernels that the call launches, over a few calls."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    def wait(result: Any) -> None:
+        jax.block_until_ready(result)
+        torch.cuda.synchronize()
+
+    wait(call())
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    wait(call())
+    end.record()
+    torch.cuda.synchronize()
+    n = max(3, min(20, int(10 / max(0.1, start.elapsed_time(end)))))
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(n):
+            result = call()
+        wait(result)
+    return 1e-6 / n * sum(e.device_time for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def compiled(case: Case) -> Any:
+    (q, k, v), more = jax.eval_shape(lambda: operands(case))
+    return jax.jit(lambda q, k, v, more: ours(case, q, k, v, more)).lower(q, k, v, more).compile()
+
+
+def measure(case: Case, run: Any, rounds: int, jax_nn: bool) -> dict[str, Any]:
+    arrays, more = operands(case)
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: run(*arrays, more), **peers(case, arrays, more, jax_nn)}
+    row: dict[str, Any] = {"case": case.name, "gflop": case.flops / 1e9}
+    row["backend"] = str(explain(*arrays, more, enable_gqa=True).backend.name)  # type: ignore[union-attr]
+    if (reference := exact(case, arrays, more)) is not None:
+        row["errors"] = {name: _error(calls[name](), reference) for name in ("ours", "torch CUDNN") if name in calls}
+        if row["errors"]["ours"] > 2 * row["errors"].get("torch CUDNN", 5e-3):
+            raise SystemExit(f"{case.name}: our error is {row['errors']}; nothing is timed that is not right.")
+        del reference
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(device_time(call))
+    row["microseconds"] = {name: 1e6 * statistics.median(own) for name, own in times.items()}
+    row["spread"] = {name: max(own) / min(own) - 1 for name, own in times.items()}
+    row["tflops"] = {name: case.flops / us / 1e6 for name, us in row["microseconds"].items()}
+    print(
+        f"{case.name:36s}"
+        + "  ".join(f"{name} {x:.0f}" for name, x in row["tflops"].items())
+        + f"  [{row['microseconds']['ours']:.1f} us]",
+        flush=True,
+    )
+    return row
+
+
+def main(argv: list[str] | None = None) -> int:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jax-nn", action="store_true", help="jax.nn's cuDNN as well")
+    parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json, or to this path if it has a slash")
+    args = parser.parse_args(argv)
+    machine = {
+        "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "jax": jax.__version__,
+        "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
+    }  # fmt: skip
+    print(machine, "TFLOP/s of device time", flush=True)
+    rows = []
+    chosen = [case for case in CASES if args.only in case.name]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = list(pool.map(compiled, chosen))
+    for case, program in zip(chosen, programs, strict=True):
+        rows.append(measure(case, program, args.rounds, args.jax_nn))
+        torch.cuda.empty_cache()
+        if args.save:  # after each row: what was measured stays when time runs out
+            path = args.save if "/" in args.save else RESULTS / f"{args.save}.json"
+            with open(path, "w") as file:
+                json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
