@@ -180,6 +180,8 @@ class Band(Mask):
         for name, distance in (("left", self.left), ("right", self.right)):
             if not isinstance(distance, int) or isinstance(distance, bool) or distance < -1:
                 raise ValueError(f"{name} must be an int >= -1 (-1 = unlimited), got {distance!r}.")
+            if distance >= 2**30:  # no sequence is that long, and positions in int32 would wrap
+                object.__setattr__(self, name, -1)
         if isinstance(self.offset, bool):
             raise TypeError("offset must be an int or an integer array, got a bool.")
         if not isinstance(self.offset, int):

@@ -72,7 +72,7 @@ def forward(
     keep_kind = None if keep is None else dense.kind(keep)
     ragged = S % bk != 0
     # a positive factor may wait for the exponent; any other is applied to the scores, where softcap and bias want it too
-    waits = shape.scale is not None and shape.scale > 0 and shape.softcap is None and bias is None
+    waits = shape.scale is not None and 1e-30 < shape.scale < 1e30 and shape.softcap is None and bias is None
     factor = shape.scale * LOG2E if waits else LOG2E  # pyright: ignore[reportOptionalOperand]
 
     def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
@@ -247,7 +247,8 @@ def forward(
 
             m, l = filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
             if sinks_ref is not None:
-                sink = sinks_ref[(*shared(sinks_ref, b), h)] * (LOG2E / factor)
+                sink = sinks_ref[(*shared(sinks_ref, b), h)]
+                sink = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30)) * (LOG2E / factor)
                 m, l = filled((bq,), sink, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
             return walk.steps, keep_words, (m, l), softmax
 

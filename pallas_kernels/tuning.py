@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.contracts import ForwardConfig
 from pallas_kernels.visits import cdiv
@@ -32,11 +33,35 @@ def forward_config(
         config = ForwardConfig()
     else:
         config = ForwardConfig(block_k=64)
-    if bias_bytes == 4:  # beside two tiles of K and of V each there is room for one such tile of float32
-        config = dataclasses.replace(config, bias_stages=1)
-    if bias_bytes or wide > 128:
-        return config  # no shared memory for another item's queries and results
-    return dataclasses.replace(config, row_tiles=_row_tiles(config, heads, query_len, key_len, masked))
+    config = dataclasses.replace(config, row_tiles=_row_tiles(config, heads, query_len, key_len, masked))
+    for less in LESS:
+        if shared_bytes(config, head_dim, value_head_dim, bias_bytes) <= SHARED_MEMORY:
+            break
+        config = dataclasses.replace(config, **less)
+    return config
+
+
+SHARED_MEMORY = 232448 - 2048
+"""Bytes of a program: 227 KB (CUDA C++ programming guide, compute capability 9.0) less barriers, lse and alignment."""
+
+LESS: tuple[dict[str, Any], ...] = (
+    {"row_tiles": 1},
+    {"bias_stages": 1},
+    {"block_k": 64},
+    {"warpgroups": 1, "registers": (240, 24)},
+)
+"""What a configuration gives up, in this order, until it fits the shared memory: 128 keys with one tile of a float32 bias in flight
+are faster than 64 keys with two (402 to 372 TFLOP/s)."""
+
+
+def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias_bytes: int) -> int:
+    """Of a program's queries, keys, values, results and bias tiles; head dims as the kernel pads them."""
+    E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
+    several = config.row_tiles > 1
+    queries = config.rows * E * (2 if several else 1)
+    results = config.rows * Ev if several or E != Ev else 0
+    keys = config.stages * config.block_k * (E + Ev)
+    return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
 
 
 def _narrow(query_len: int, masked: bool, drops: bool) -> ForwardConfig:

@@ -145,6 +145,11 @@ class Items:
     def programs(self) -> int:
         return cdiv(self.total, self.per_program)
 
+    @property
+    def most(self) -> int:
+        """Items of the programs that have most; the others have one less."""
+        return cdiv(self.total, self.programs)
+
     def _number(self, p: Any, n: Any) -> Any:
         if self.per_program == 1:
             return p
@@ -153,9 +158,9 @@ class Items:
         return n * self.programs + lax.select(lax.rem(n, np.int32(2)) == 0, p, self.programs - 1 - p)
 
     def count(self, p: Any) -> Any:
-        last = self.per_program - 1
-        if self.total == self.per_program * self.programs:
-            return np.int32(self.per_program)
+        last = self.most - 1
+        if self.total == self.most * self.programs:
+            return np.int32(self.most)
         return jnp.where(self._number(p, last) < self.total, np.int32(last + 1), np.int32(last))
 
     def at(self, p: Any, n: Any) -> tuple[Any, Any, Any]:

@@ -9,7 +9,7 @@ from harness import dropped, make, on_jax
 from oracle import band, check, lengths
 
 from jax_sdpa import check as checks
-from jax_sdpa import compat, explain, scaled_dot_product_attention
+from jax_sdpa import compat, dot_product_attention, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, causal_lower_right, sliding_window
 from jax_sdpa.implementations.flash import Flash
@@ -205,3 +205,80 @@ def test_calls_lower_for_a_hopper(options, length):
     for x64 in (False, True):
         with jax.enable_x64(x64):
             assert _hopper_program(length=length, **given).count("mosaic_gpu_v2") == 1
+
+
+HUGE = {
+    "a row of -1e9, float16": (np.full((1, 1, 8, 256), -1e9, np.float32), "float16"),
+    "a row of finfo.min": (np.full((1, 1, 8, 256), np.finfo(np.float32).min), "bfloat16"),
+    "-1.1e9 and then -1.0e9": (
+        np.where(np.arange(256) >= 128, -1.1e9, -1.0e9).astype(np.float32).reshape(1, 1, 1, 256),
+        "bfloat16",
+    ),
+    "3e38 beside 0": (np.where(np.arange(256) == 7, 3e38, 0).astype(np.float32).reshape(1, 1, 1, 256), "bfloat16"),
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_biases_are_numbers(name):
+    bias, dtype = HUGE[name]
+    problem = make(8, 256, B=1, Hq=1, E=16, bias=bias).rounded(dtype)
+    check(problem, interpreted(problem), names=("out",))
+
+
+@needs_mosaic
+def test_masks_and_sinks_at_the_ends_of_their_types():
+    wide = make(8, 200, B=1, Hq=1, E=16, sinks=np.array([-3e38])).rounded("bfloat16")
+    check(wide, interpreted(wide, sliding_window(2**31 - 1, -1), face="jax"), names=("out",))
+    tiny = make(8, 200, B=1, Hq=1, E=16, scale=1e-46, keep=band(8, 200, -1, 0)).rounded("bfloat16")
+    check(tiny, interpreted(tiny, causal()))
+
+
+def test_every_configuration_fits_the_shared_memory():
+    """All head dims, with and without tiles of a bias; the kernel's own count is checked where it is lowered."""
+    from pallas_kernels import tuning
+
+    for E in range(8, 257, 8):
+        for Ev in range(8, 257, 8):
+            for L, bias_bytes, masked in [(512, 0, False), (2048, 0, True), (8192, 2, False), (512, 4, True)]:
+                config = tuning.forward_config(
+                    heads=512, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, bias_bytes=bias_bytes
+                )  # fmt: skip
+                assert tuning.shared_bytes(config, E, Ev, bias_bytes) <= tuning.SHARED_MEMORY, (E, Ev, L, bias_bytes)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("E", "Ev", "bias"), [(256, 240, None), (128, 96, "bfloat16"), (96, 128, "float32"), (256, 256, "float32")]
+)
+def test_the_widest_calls_lower(E, Ev, bias):
+    from jax_sdpa.device import assume_device
+
+    q, v = (jax.ShapeDtypeStruct((64, 4, 256, dim), jnp.bfloat16) for dim in (E, Ev))
+    mask = None if bias is None else jax.ShapeDtypeStruct((4, 256, 256), bias)
+    with assume_device("cuda:sm90"), sdpa_kernel(FLASH):
+        traced = jax.jit(lambda q, v, mask: scaled_dot_product_attention(q, q, v, mask)).trace(q, v, mask)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") == 1
+
+
+def test_what_flash_refuses_and_notes():
+    q = jax.ShapeDtypeStruct((1, 2, 256, 64), jnp.bfloat16)
+    odd = jax.ShapeDtypeStruct((1, 2, 250, 72), jnp.bfloat16)
+
+    def about(q, mask=None, **options):
+        choice = explain(q, q, q, mask, device="cuda:sm90", **options)
+        return " ".join(choice.notes if choice.backend is FLASH else choice.rejected[FLASH])
+
+    if compat.JAX_VERSION < (0, 11, 2):
+        assert "needs jax 0.11.2 or newer" in about(q)
+        return
+    assert about(q) == "Derivatives run the XLA implementation, from the saved lse."
+    assert "A padded copy is made of query, key, value" in about(odd)
+    assert "The values are copied" in about(q, KeyLengths(jax.ShapeDtypeStruct((1,), jnp.int32)))
+    assert "The values are copied" not in about(q, causal())
+    assert "head dims from 1 to 256. Got 264 and 264" in about(jax.ShapeDtypeStruct((1, 2, 256, 264), jnp.bfloat16))
+    assert "a scale that is finite, got inf" in about(q, scale=float("inf"))
+    choice = explain(
+        *[jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)] * 3, softcap=5000.0, call=dot_product_attention, device="cuda:sm90"
+    )
+    assert "a softcap of at most 1000, got 5000" in " ".join(choice.rejected[FLASH])

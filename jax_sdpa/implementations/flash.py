@@ -14,6 +14,7 @@ from jax_sdpa.device import Device
 from jax_sdpa.implementations import scores
 from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_sizes
 from jax_sdpa.implementations.efficient import Efficient
+from jax_sdpa.masks import Band, Mask, QueryLengths
 from jax_sdpa.request import SdpaRequest
 from pallas_kernels import dense, flash_attention
 
@@ -21,6 +22,7 @@ DTYPES = ("float16", "bfloat16")
 ARCHITECTURE = (9, 0)  # Hopper: wgmma and TMA
 JAX_VERSION = (0, 11, 2)  # the first whose Mosaic GPU runs the kernels (interpret mode included)
 HEAD_DIM = 256
+SOFTCAP = 1000.0  # the kernel's tanh is 1 - 2 / (1 + e**2x): its error is softcap * 1e-7 however small the score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Flash(Implementation):
             reasons.append(f"Expected query, key and value to all be of dtype: {{Half, BFloat16}}. Got {request.query.dtype}.")
         if request.spec.scale is not None and not math.isfinite(request.spec.scale):
             reasons.append(f"Flash attention needs a scale that is finite, got {request.spec.scale}.")
+        if request.spec.softcap is not None and request.spec.softcap > SOFTCAP:
+            reasons.append(f"Flash attention requires a softcap of at most {SOFTCAP:g}, got {request.spec.softcap}.")
         if sizes := symbolic_sizes(request):
             reasons.append(f"Flash attention needs sizes that are numbers, {', '.join(sizes)} here are symbolic.")
         elif not 0 < min(request.head_dim, request.value_head_dim) <= max(request.head_dim, request.value_head_dim) <= HEAD_DIM:
@@ -66,7 +70,12 @@ class Flash(Implementation):
         padded = (
             (f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.",) if names else ()
         )
-        return ("Derivatives run the XLA implementation, from the saved lse.", *padded)
+        copied = (
+            ("The values are copied, with zeros in place of those that the mask hides from every query.",)
+            if _hides(request)
+            else ()
+        )
+        return ("Derivatives run the XLA implementation, from the saved lse.", *padded, *copied)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
@@ -84,6 +93,18 @@ class Flash(Implementation):
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
         return _XLA.backward(request, out, lse, dout, dlse, wrt)
+
+
+def _hides(request: SdpaRequest) -> bool:
+    """Whether the structured masks may hide a key from every query; reads kinds and sizes only."""
+    L, S = request.query_len, request.key_len
+
+    def shows_all(mask: Mask) -> bool:
+        return isinstance(mask, QueryLengths) or (
+            isinstance(mask, Band) and isinstance(mask.offset, int) and mask.kv_range(0, L, L, S) == (0, S)
+        )  # fmt: skip
+
+    return not all(map(shows_all, request.masks))
 
 
 _XLA = Efficient(on_cpu=False)

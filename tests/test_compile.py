@@ -1,0 +1,90 @@
+"""The forward kernel compiled to sm_90a machine code on a machine without a GPU: no register spills, no serialised wgmma.
+
+It needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version (`pip install --no-deps`: no driver, no CUDA). CI's newer leg
+installs them for this file alone. `h200.txtpb` is XLA's description of the chip (openxla/xla, target_config/specs).
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_sdpa import compat
+
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+pytestmark = pytest.mark.skipif(
+    os.environ.get("JAX_SDPA_COMPILE") != "1" and (compat.JAX_VERSION < (0, 11, 2) or not HAS_PLUGIN),
+    reason="compiling for a GPU that is not there needs jax 0.11.2 and the wheels jax-cuda13-plugin and jax-cuda13-pjrt",
+)
+
+PROGRAM = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.extend.backend import backends
+
+import jax_sdpa
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.attention.bias import KeyLengths, causal
+from jax_sdpa.device import assume_device
+
+backends()  # registers the plugin
+target = pathlib.Path(sys.argv[1]).read_text()
+topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+B, H, L, E, kind = *map(int, sys.argv[2:6]), sys.argv[6]
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+more = {
+    "bool": array(B, 1, L, L, dtype=jnp.bool_), "bias": array(B, H, L, L), "lengths": array(B, dtype=jnp.int32)
+}.get(kind, array(1))
+
+def call(q, more):
+    mask = {"causal": causal(), "causal dropout": causal(), "bool": more, "bias": more}.get(kind)
+    mask = KeyLengths(more) if kind == "lengths" else mask
+    drop = dict(dropout_p=0.1, dropout_rng=jax.random.key(0)) if "dropout" in kind else {}
+    return jax_sdpa.scaled_dot_product_attention(q, q, q, mask, **drop)
+
+with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    jax.jit(call).lower(array(B, H, L, E), more).compile()
+"""
+
+LONG, SHORT = (1, 8, 16384), (32, 8, 512)
+CLEAN = [
+    (shape, E, kind)
+    for E in (64, 128, 256)
+    for shape, kind in [(LONG, "full"), (LONG, "causal"), (SHORT, "full"), (LONG, "dropout"), (LONG, "bool"), (LONG, "bias")]
+] + [
+    (LONG, 128, "causal dropout"),
+    (LONG, 256, "causal dropout"),
+    (SHORT, 64, "causal"),
+    (SHORT, 256, "causal"),
+    (LONG, 96, "full"),
+]
+SPILLS = {  # bytes of spill stores; in the branch that masks a tile
+    (SHORT, 64, "full"): 24, (LONG, 64, "causal"): 40, (LONG, 64, "dropout"): 16, (LONG, 128, "lengths"): 16
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "E", "kind"), [*CLEAN, (LONG, 128, "lengths")], ids=str)
+def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
+    program = tmp_path / "compile.py"
+    program.write_text(PROGRAM)
+    target = Path(__file__).parent / "h200.txtpb"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    arguments = [str(x) for x in (target, *shape, E, kind)]
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, env=environment, check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-3000:]
+    spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
+    assert len(spills) >= 1, "ptxas said nothing of the kernel"
+    assert max(spills) <= SPILLS.get((shape, E, kind), 0)
+    assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
