@@ -42,6 +42,13 @@ def _longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
     return jnp.pad(x, widths) if any(more for _, more in widths) else x
 
 
+def _is_sloped(mask: Any, L: int, S: int) -> bool:
+    """Whether the first and the last query see other keys, as far as that is known without the mask's arrays."""
+    if mask is None or jax.tree.leaves(mask):
+        return False
+    return mask.kv_range(0, 1, L, S) != mask.kv_range(L - 1, L, L, S)
+
+
 def _hidden_by(mask: Any, keep: jax.Array, batch: int, L: int, S: int) -> tuple[Any, jax.Array]:
     """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: less is left to compute."""
     arrays = jax.tree.leaves(mask)
@@ -76,6 +83,7 @@ def forward(
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
     static_scale = scale if isinstance(scale, float) else None
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
+    sloped, masked = _is_sloped(mask, L, S), mask is not None or keep is not None
     if keep is not None:
         mask, keep = _hidden_by(mask, keep, B, L, S)
     if bias is not None and dense.kind(bias) == "tile":
@@ -84,7 +92,7 @@ def forward(
     if config is None:
         bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
         config = tuning.forward_config(
-            heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None,
+            heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
             drops=drops, bias_bytes=bias_bytes,
         )  # fmt: skip
     shape = ForwardShape(

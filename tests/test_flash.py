@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import CASES
 from harness import dropped, make, on_jax
-from oracle import band, check, lengths
+from oracle import band, check, lengths, solve
 
 from jax_sdpa import check as checks
 from jax_sdpa import compat, dot_product_attention, explain, scaled_dot_product_attention
@@ -68,7 +68,13 @@ def _in_half(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     problem, mask, options = _in_half(name, "bfloat16")
-    check(problem, on_jax(problem, FLASH, mask=mask, **options))
+    got = on_jax(problem, FLASH, mask=mask, **options)
+    if name != "bias (1, 1)":
+        check(problem, got)
+        return
+    # the gradient of one bias for all is 0, the sum of 4788 rows' roundings: 2**-9 of each, whatever the honest one's luck was
+    check(problem, got, names=("out", "query", "key", "value"))
+    assert abs(float(got["bias"].item())) <= 3 * 2.0**-9 * solve(problem)["size of bias"]
 
 
 @pytest.mark.gpu
@@ -242,7 +248,7 @@ def test_every_configuration_fits_the_shared_memory():
         for Ev in range(8, 257, 8):
             for L, bias_bytes, masked in [(512, 0, False), (2048, 0, True), (8192, 2, False), (512, 4, True)]:
                 config = tuning.forward_config(
-                    heads=512, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, bias_bytes=bias_bytes
+                    heads=512, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, sloped=masked, bias_bytes=bias_bytes
                 )  # fmt: skip
                 assert tuning.shared_bytes(config, E, Ev, bias_bytes) <= tuning.SHARED_MEMORY, (E, Ev, L, bias_bytes)
 
@@ -282,3 +288,15 @@ def test_what_flash_refuses_and_notes():
         *[jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)] * 3, softcap=5000.0, call=dot_product_attention, device="cuda:sm90"
     )
     assert "a softcap of at most 1000, got 5000" in " ".join(choice.rejected[FLASH])
+
+
+def test_row_tiles_leave_no_sm_idle():
+    from pallas_kernels.tuning import forward_config
+
+    def row_tiles(B, H, L, E, **options):
+        return forward_config(heads=B * H, query_len=L, key_len=L, head_dim=E, value_head_dim=E, **options).row_tiles
+
+    assert row_tiles(32, 16, 512, 128) == 16  # 2048 row tiles: 128 programs
+    assert row_tiles(32, 32, 512, 64) == 12  # 3072: 256 programs, two rounds
+    assert row_tiles(8, 16, 2048, 128, masked=True, sloped=True) == 8
+    assert row_tiles(1, 16, 16384, 128) == row_tiles(1, 1, 128, 128) == row_tiles(32, 8, 512, 256) == 1

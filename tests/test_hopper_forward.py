@@ -159,6 +159,9 @@ CASES = {
     "bias, float32, shared by the heads, causal": lambda: (
         make(136, 136, B=2, Hq=2, E=64, bias=biased(2, 1, 136, 136), keep=band(136, 136, -1, 0)), {"mask": causal(), "config": NARROW}
     ),
+    "bias, several row tiles, causal": lambda: (
+        make(264, 136, B=2, Hq=2, E=64, bias=biased(2, 2, 264, 144)[..., :136], keep=band(264, 136, -1, 0)), {"mask": causal(), "config": SEVERAL}
+    ),
     "bias of keys": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 1, 200)), {}),
     "bias of queries": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 72, 1)), {}),
     "bias, one number, and a dense mask": lambda: (
