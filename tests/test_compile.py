@@ -88,3 +88,51 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
     assert len(spills) >= 1, "ptxas said nothing of the kernel"
     assert max(spills) <= SPILLS.get((shape, E, kind), 0)
     assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
+
+
+TWO_GPUS = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.extend.backend import backends
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jax_sdpa
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.attention.bias import KeyLengths, causal
+from jax_sdpa.device import assume_device
+
+backends()
+target = pathlib.Path(sys.argv[1]).read_text()
+topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2")
+mesh = topologies.make_mesh(topo=topology, mesh_shape=(2,), axis_names=("x",))
+
+def call(q, k, lengths):
+    mask = causal() & KeyLengths(lengths)
+    return jax_sdpa.scaled_dot_product_attention(
+        q, k, k, mask, enable_gqa=True, dropout_p=0.1, dropout_rng=jax.random.key(0)
+    )
+
+for spec, local in ((PartitionSpec("x"), "bf16[2,8,512,64]"), (PartitionSpec(None, "x"), "bf16[4,4,512,64]")):
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec[: len(shape)])))
+
+    with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        program = jax.jit(call).lower(array(4, 8, 512, 64), array(4, 4, 512, 64), array(4, dtype=jnp.int32)).compile()
+    text = program.as_text()
+    kernels = [line for line in text.splitlines() if "custom-call(" in line and "mosaic_gpu" in line]
+    assert len(kernels) == 1 and local in kernels[0], kernels
+    assert "all-gather" not in text and "all-reduce" not in text and "all-to-all" not in text
+    assert program.output_shardings.spec == spec
+print("sharded as given")
+"""
+
+
+@pytest.mark.slow
+def test_on_two_gpus_batch_and_heads_stay_sharded_and_nothing_is_gathered(tmp_path):
+    program = tmp_path / "two.py"
+    program.write_text(TWO_GPUS)
+    arguments = [sys.executable, program, str(Path(__file__).parent / "h200.txtpb")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert "sharded as given" in done.stdout, done.stderr[-3000:]

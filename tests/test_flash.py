@@ -300,3 +300,22 @@ def test_row_tiles_leave_no_sm_idle():
     assert row_tiles(32, 32, 512, 64) == 12  # 3072: 256 programs, two rounds
     assert row_tiles(8, 16, 2048, 128, masked=True, sloped=True) == 8
     assert row_tiles(1, 16, 16384, 128) == row_tiles(1, 1, 128, 128) == row_tiles(32, 8, 512, 256) == 1
+
+
+@needs_mosaic
+def test_one_artefact_for_cpu_and_cuda_holds_the_kernel_and_runs_here():
+    from jax import export
+
+    from jax_sdpa.device import assume_device
+
+    q = jax.random.normal(jax.random.key(0), (1, 2, 64, 64), jnp.bfloat16)
+
+    def call(q):
+        return scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    with assume_device("cuda:sm90"):
+        exported = export.export(jax.jit(call), platforms=("cpu", "cuda"))(q)
+    again = export.deserialize(exported.serialize())
+    assert again.mlir_module().count("mosaic_gpu_v2") == 1
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(np.asarray(again.call(q), np.float32), np.asarray(call(q), np.float32))
