@@ -18,7 +18,6 @@ round and round over all items:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -32,14 +31,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
-from pallas_kernels.contracts import ForwardConfig, ForwardShape, Ids
+from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.online_softmax import LOG2E, over_columns
+from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, filled, shared, walk_of
+from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
-
-TILE = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def forward(
@@ -64,16 +60,13 @@ def forward(
     items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles)
     several = config.row_tiles > 1
     own_out = several or E != Ev  # results leave from memory of their own; else from q's, which has been read by then
-    products = Wgmma(interpret is not None)
-    drops = shape.dropout_p > 0
     arrays, structure = jax.tree.flatten(mask)
     has_ids = any(len(array.shape) == 2 for array in arrays)
-    bias_kind = None if bias is None else dense.kind(bias)
-    keep_kind = None if keep is None else dense.kind(keep)
-    ragged = S % bk != 0
-    # a positive factor may wait for the exponent; any other is applied to the scores, where softcap and bias want it too
-    waits = shape.scale is not None and 1e-30 < shape.scale < 1e30 and shape.softcap is None and bias is None
-    factor = shape.scale * LOG2E if waits else LOG2E  # pyright: ignore[reportOptionalOperand]
+    recipe = Recipe(
+        shape, config, None if mask is None else structure, has_ids, None if bias is None else dense.kind(bias),
+        None if keep is None else dense.kind(keep), generator, Wgmma(interpret is not None),
+    )  # fmt: skip
+    products, bias_kind = recipe.products, recipe.bias_kind
 
     def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
         """The layout in shared memory that wgmma and TMA share: the widest swizzle of which `dim` is a multiple."""
@@ -85,22 +78,22 @@ def forward(
         """Rows [start, start + length) of one head of an operand."""
         return ref.at[b, h, pl.ds(start, length)] if shape.layout == "BHLE" else ref.at[b, pl.ds(start, length), h]
 
-    def shared(ref: Any, *index: Any) -> tuple[Any, ...]:
-        """The leading indices of an operand that may be shared by the batch, or by all heads."""
-        return tuple(0 if size == 1 else i for size, i in zip(ref.shape, index, strict=False))
-
-    def kernel(*refs: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
+    def kernel(*operands: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
                v_free: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None,
                bias_free: Any = None) -> None:  # fmt: skip
-        given = iter(refs)
+        given = iter(operands)
         q_ref, k_ref, v_ref = next(given), next(given), next(given)
         mask_refs = [next(given) for _ in arrays]
-        table_ref = next(given) if has_ids or keep is not None else None
-        keep_ref = None if keep is None else next(given)
-        bias_ref = None if bias is None else next(given)
-        sinks_ref = next(given) if shape.sinks else None
-        seeds_ref = next(given) if drops else None
-        scale_ref = next(given) if shape.scale is None else None
+        refs = Refs(
+            mask=mask_refs,
+            table=next(given) if recipe.listed else None,
+            keep=None if keep is None else next(given),
+            bias=None if bias is None else next(given),
+            sinks=next(given) if shape.sinks else None,
+            seeds=next(given) if recipe.drops else None,
+            scale=next(given) if shape.scale is None else None,
+            bias_s=bias_s, bias_ready=bias_ready, bias_free=bias_free,
+        )  # fmt: skip
         out_ref, lse_ref = given
         program, wg = lax.axis_index("program"), lax.axis_index("wg")
         count = items.count(program)
@@ -109,19 +102,6 @@ def forward(
 
         def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
             return lax.fori_loop(start + zero, stop + zero, body, state)
-
-        def mask_at(b: Any, by_query: Any = None, by_key: Any = None) -> Any:
-            """The mask with the numbers of this batch entry, and the ids of a tile."""
-            if mask is None:
-                return None
-            return jax.tree.unflatten(structure, mask_refs).local(lambda ref: ref[shared(ref, b)], by_query, by_key)
-
-        def walk_of(b: Any, h: Any, tile: Any, q_lo: Any, rows: int) -> Any:
-            if keep is not None:
-                return visits.ListWalk(table_ref, shared(table_ref, b, h, tile))
-            if has_ids:
-                return visits.RangeWalk(*(table_ref[(*shared(table_ref, b), tile, n)] for n in range(4)))  # type: ignore[index]
-            return visits.ranges(mask_at(b), q_lo, rows, L, S, bk)
 
         def slot(n: Any, of: int = stages) -> Any:
             return lax.rem(n, np.int32(of))
@@ -136,128 +116,16 @@ def forward(
                 at(q_ref, b, tile * config.rows + wg * bq, bq, h), q_s.at[q_slot(n)], q_ready.at[q_slot(n)]
             )  # fmt: skip
 
-        def filled(shape_: tuple[int, ...], value: Any, layout: Any) -> Any:
-            return plgpu.layout_cast(jnp.full(shape_, value, jnp.float32), layout)
-
-        def scene(n: Any, done: Any) -> tuple[Any, Any, Any, Any]:
-            """Item n for one computing warpgroup: (steps, keep_words(i), first (m, l), softmax(s, m, l, i, packed)); `done` steps
-            of the ring lie behind it."""
-            b, h, tile = items.at(program, n)
-            base = tile * config.rows + wg * bq
-            walk = walk_of(b, h, tile, tile * config.rows, config.rows)
-            if not has_ids and keep is None:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
-                own = walk_of(b, h, tile, base, bq)
-                walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
-            words: Any = None
-            if drops:
-                rows = plgpu.broadcasted_iota(jnp.int32, (bq,), 0, layout=ROW) + base
-                words = generator.query_words(seeds_ref[b, h, 0], seeds_ref[b, h, 1], rows)  # type: ignore[index]
-
-            def index(axis: int, start: Any = 0) -> Any:
-                return plgpu.broadcasted_iota(jnp.int32, (bq, bk), axis, layout=TILE) + start
-
-            def loaded(ref: Any, start: Any, length: int, layout: Any, axis: int) -> Any:
-                """A stretch of a 1-d operand along one axis of the tile."""
-                where = ref.at[pl.ds(start, length)]
-                vector = plgpu.load(where, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
-                return lax.broadcast_in_dim(vector, (bq, bk), [axis])
-
-            def columns(t: Any) -> tuple[Any, Any]:
-                """(here, k): the keys of tile t are here + k, and k is a constant for each register: the bits of a column but 1 and
-                2, which are the thread's. Positions that count from `here` cost no register; whole indices cost one each, in all
-                of the loop, and spill."""
-                column = index(1)
-                return (column & 6) + t * bk, column & ~6
-
-            by_row = functools.partial(loaded, start=base, length=bq, layout=ROW, axis=0)
-
-            def keep_words(i: Any) -> list[Any]:
-                """The packed dense mask of step i; loaded before the products, for the softmax."""
-                if keep is None:
-                    return []
-                t = walk.tile(i)
-                lead = shared(keep_ref, b, h)
-                one_word = keep_kind in ("row", "scalar")
-                found = [0] if one_word else [t * (bk // dense.WORD) + n for n in range(bk // dense.WORD)]
-                if keep_kind in ("column", "scalar"):
-                    return [jnp.full((bq, bk), keep_ref[(*lead, n, 0)], jnp.int32) for n in found]  # type: ignore[index]
-                return [by_row(keep_ref.at[(*lead, n)]) for n in found]  # type: ignore[union-attr]
-
-            def addend(t: Any, number: Any) -> Any:
-                """The bias of key tile t, float32; the tile is the ring's of that number."""
-                lead = shared(bias_ref, b, h)
-                if bias_kind == "scalar":
-                    return bias_ref[(*lead, 0)]  # type: ignore[index]
-                if bias_kind == "row":
-                    return by_row(bias_ref.at[lead])  # type: ignore[union-attr]
-                if bias_kind == "column":
-                    return loaded(bias_ref.at[lead], t * bk, bk, COLUMN, 1)  # type: ignore[union-attr]
-                now = slot(number, config.bias_stages)
-                plgpu.barrier_wait(bias_ready.at[now])
-                found = plgpu.load(bias_s.at[now, pl.ds(wg * bq, bq)], layout=TILE)  # pyright: ignore[reportCallIssue]
-                products.read()
-                plgpu.barrier_arrive(bias_free.at[now])
-                return found.astype(jnp.float32)
-
-            def masked(s: Any, t: Any, packed: list[Any]) -> Any:
-                if keep is not None:
-                    s = jnp.where(dense.unpack(packed, index(1)), s, -jnp.inf)
-                if mask is None and not ragged:
-                    return s
-                here, k = columns(t)
-                kept: Any = True
-                if mask is not None:
-                    ids = lambda ref, **where: Ids(loaded(ref.at[shared(ref, b)], **where))  # noqa: E731
-                    own_mask = mask_at(
-                        b, functools.partial(ids, start=base, length=bq, layout=ROW, axis=0),
-                        functools.partial(ids, start=t * bk, length=bk, layout=COLUMN, axis=1),
-                    )  # fmt: skip
-                    kept = own_mask.moved(here).keep(index(0, base) - here, k)
-                if ragged:
-                    kept = kept & (k < S - here)
-                return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
-
-            def softmax(s: Any, m: Any, l: Any, i: Any, packed: list[Any]) -> tuple[Any, ...]:
-                """(m, l, shrink, p), float32, after step i's scores (bq, bk)."""
-                t = walk.tile(i)
-                if not waits:
-                    s = s * (shape.scale if scale_ref is None else scale_ref[shared(scale_ref, b)])
-                if shape.softcap is not None:
-                    # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
-                    s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
-                if bias is not None:
-                    s = s + addend(t, done + i)
-                if mask is not None or keep is not None or ragged:
-                    cut = walk.partial(i)
-                    if drops:  # beside the words of dropout a branch spills: every tile is masked
-                        cut = True
-                    if not isinstance(cut, bool):
-                        s = lax.cond(cut, lambda s: masked(s, t, packed), lambda s: s, s)
-                    elif cut:
-                        s = masked(s, t, packed)
-                m, l, shrink, p = online_softmax.update(s, factor, m, l, huge=bias is not None)
-                if drops:
-                    a, c = words
-                    here, k = columns(t)
-                    key_words = generator.key_words(seeds_ref[b, h, 1], here + k)  # type: ignore[index]
-                    kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
-                    # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
-                    p = lax.optimization_barrier(jnp.where(kept, p, 0.0))
-                return m, l, shrink, p
-
-            m, l = filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
-            if sinks_ref is not None:
-                sink = sinks_ref[(*shared(sinks_ref, b), h)]
-                sink = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30)) * (LOG2E / factor)
-                m, l = filled((bq,), sink, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
-            return walk.steps, keep_words, (m, l), softmax
+        def rows_of(n: Any) -> Rows:
+            """This warpgroup's rows of item n."""
+            return Rows.of(recipe, refs, *items.at(program, n), wg)
 
         def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
             """Store the results of item n."""
             b, h, tile = items.at(program, n)
             base = tile * config.rows + wg * bq
-            share, lse = online_softmax.finish(m, l, factor, huge=bias is not None)
-            if drops:
+            share, lse = online_softmax.finish(m, l, recipe.factor, huge=recipe.huge)
+            if recipe.drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
             if several:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results have left
@@ -275,13 +143,14 @@ def forward(
         def attend(n: Any, state: Any) -> Any:
             """All steps of item n but those that lie behind already; the state is of the last step, whose PV is still to come."""
             done, acc, m, l, p = state
-            steps, keep_words, (m_first, l_first), softmax = scene(n, done)
+            rows = rows_of(n)
+            m_first, l_first = rows.first()
             q_tile = q_s.at[q_slot(n)]
 
             def step(i: Any, state: Any) -> Any:
                 acc, m, l, p = state
                 now, before = slot(done + i), slot(done + i - 1)
-                packed, m_now, l_now = keep_words(i), m, l
+                packed, m_now, l_now = rows.keep_words(i), m, l
                 if several:
                     m_now, l_now = lax.cond(i == 0, lambda m, l: (m_first, l_first), lambda m, l: (m, l), m, l)
 
@@ -295,7 +164,8 @@ def forward(
                 acc, (m_now, l_now, shrink, p) = products.step(
                     q_tile, k_s.at[now], acc, p, v_s.at[before],
                     lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
-                    functools.partial(softmax, i=i, packed=packed), (m_now, l_now), pin_s.at[wg] if config.pinned else None,
+                    functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m_now, l_now),
+                    pin_s.at[wg] if config.pinned else None,
                 )  # fmt: skip
                 plgpu.barrier_arrive(v_free.at[before])
                 if not several:
@@ -308,25 +178,25 @@ def forward(
                 return lax.cond(i == 0, last_item, lambda acc: acc * over_columns(shrink, acc), acc), m_now, l_now, p
 
             start = jnp.where(n == 0, np.int32(1), np.int32(0)) if several else 1
-            return done + steps, *loop(start, steps, step, (acc, m, l, p))
+            return done + rows.walk.steps, *loop(start, rows.walk.steps, step, (acc, m, l, p))
 
         def compute() -> None:
             """One computing warpgroup: the first step, then each with the last one's PV, then that of the very last."""
             load_q(0)
             if several:
                 pl.when(count > 1)(lambda: load_q(1))
-            steps, keep_words, (m, l), softmax = scene(0, zero)
-            packed = keep_words(0)
+            rows = rows_of(0)
+            packed = rows.keep_words(0)
             plgpu.barrier_wait(q_ready.at[q_slot(0)])
             plgpu.barrier_wait(k_ready.at[0])
             s = products.scores(q_s.at[q_slot(0)], k_s.at[0])
             plgpu.barrier_arrive(k_free.at[0])
-            m, l, _, p = softmax(s, m, l, 0, packed)
+            m, l, _, p = rows.softmax(s, *rows.first(), i=0, packed=packed, number=zero)
             p = p.astype(dtype)
             state = (zero, filled((bq, Ev), 0.0, TILE), m, l, p)
             if several:
                 state = loop(0, count, attend, state)
-            elif not (isinstance(steps, int) and steps == 1):
+            elif not (isinstance(rows.walk.steps, int) and rows.walk.steps == 1):
                 state = attend(0, state)
             else:  # no loop: an unused iota in it would keep Mosaic's layout inference searching for a minute, and fail
                 state = (zero + 1, *state[1:])
@@ -341,7 +211,7 @@ def forward(
         def load(n: Any, done: Any) -> Any:
             """The tiles of item n, as soon as there is room; `done` as in attend."""
             b, h, tile = items.at(program, n)
-            walk = walk_of(b, h, tile, tile * config.rows, config.rows)
+            walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
             kv_head = lax.div(h, np.int32(shape.group))
 
             def step(i: Any, _: Any) -> None:
@@ -355,7 +225,7 @@ def forward(
                 bring(at(k_ref, b, t * bk, bk, kv_head), k_s, k_ready, k_free, stages)
                 if bias_s is not None:
                     where = pl.ds(tile * config.rows, config.rows), pl.ds(t * bk, bk)
-                    bring(bias_ref.at[(*shared(bias_ref, b, h), *where)], bias_s, bias_ready, bias_free, config.bias_stages)  # type: ignore[union-attr]
+                    bring(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s, bias_ready, bias_free, config.bias_stages)
                 bring(at(v_ref, b, t * bk, bk, kv_head), v_s, v_ready, v_free, stages)
 
             loop(0, walk.steps, step, None)
@@ -436,7 +306,7 @@ def forward(
             more.append(dense.lay_out(bias, config.rows, bk))
         if shape.sinks:
             more.append(sinks.astype(jnp.float32))
-        if drops:
+        if recipe.drops:
             more.append(jnp.broadcast_to(seeds, (B, Hq, 2)))
         if shape.scale is None:
             more.append(scale.astype(jnp.float32))

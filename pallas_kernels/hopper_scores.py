@@ -1,0 +1,246 @@
+"""What a computing warpgroup of the Hopper forward does to a tile of scores: scale, softcap, bias, masks, softmax, dropout.
+
+`Recipe` holds what is static of a call, `Refs` the operands in memory, `Rows` the 64 query rows that a warpgroup is at. Tiles are
+(block_q, block_k) in WGMMA's layout: a thread has columns 8j + 2t and 8j + 2t + 1 of two rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dense, online_softmax, visits
+from pallas_kernels.contracts import ForwardConfig, ForwardShape, Ids
+from pallas_kernels.hopper_products import Wgmma
+from pallas_kernels.online_softmax import LOG2E, over_columns
+
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def shared(ref: Any, *index: Any) -> tuple[Any, ...]:
+    """The leading indices of an operand that may be shared by the batch, or by all heads."""
+    return tuple(0 if size == 1 else i for size, i in zip(ref.shape, index, strict=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A call's static facts. mask: its tree, None without one; the kinds are `dense.kind`'s, None without bias or keep."""
+
+    shape: ForwardShape
+    config: ForwardConfig
+    mask: Any
+    has_ids: bool
+    bias_kind: str | None
+    keep_kind: str | None
+    generator: Any
+    products: Wgmma
+
+    @property
+    def drops(self) -> bool:
+        return self.shape.dropout_p > 0
+
+    @property
+    def listed(self) -> bool:
+        """Whether XLA says which tiles to visit."""
+        return self.keep_kind is not None or self.has_ids
+
+    @property
+    def ragged(self) -> bool:
+        return self.shape.key_len % self.config.block_k != 0
+
+    @property
+    def huge(self) -> bool:
+        return self.bias_kind is not None
+
+    @property
+    def waits(self) -> bool:
+        """A positive factor may wait for the exponent; any other is applied to the scores, where softcap and bias want it too."""
+        scale = self.shape.scale
+        return scale is not None and 1e-30 < scale < 1e30 and self.shape.softcap is None and self.bias_kind is None
+
+    @property
+    def factor(self) -> float:
+        """What is left to multiply the scores by, in base 2."""
+        return self.shape.scale * LOG2E if self.waits else LOG2E  # type: ignore[operator]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """The operands beside q, k and v, in global memory; the ring of bias tiles in shared memory. None: there is none."""
+
+    mask: list[Any]
+    table: Any
+    keep: Any
+    bias: Any
+    sinks: Any
+    seeds: Any
+    scale: Any
+    bias_s: Any
+    bias_ready: Any
+    bias_free: Any
+
+
+def mask_of(recipe: Recipe, refs: Refs, b: Any, by_query: Any = None, by_key: Any = None) -> Any:
+    """The mask with the numbers of this batch entry, and the ids of a tile."""
+    if recipe.mask is None:
+        return None
+    return jax.tree.unflatten(recipe.mask, refs.mask).local(lambda ref: ref[shared(ref, b)], by_query, by_key)
+
+
+def walk_of(recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, q_lo: Any, rows: int) -> Any:
+    """Which key tiles the rows [q_lo, q_lo + rows) of row tile `tile` visit."""
+    if recipe.keep_kind is not None:
+        return visits.ListWalk(refs.table, shared(refs.table, b, h, tile))
+    if recipe.has_ids:
+        return visits.RangeWalk(*(refs.table[(*shared(refs.table, b), tile, n)] for n in range(4)))
+    shape = recipe.shape
+    return visits.ranges(mask_of(recipe, refs, b), q_lo, rows, shape.query_len, shape.key_len, recipe.config.block_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """block_q query rows of one head from `base` on, and their walk; words: of dropout, (block_q,) each."""
+
+    recipe: Recipe
+    refs: Refs
+    b: Any
+    h: Any
+    base: Any
+    wg: Any
+    walk: Any
+    words: Any
+
+    @classmethod
+    def of(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Rows:
+        config, words = recipe.config, None
+        base = tile * config.rows + wg * config.block_q
+        walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
+        if not recipe.listed:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
+            own = walk_of(recipe, refs, b, h, tile, base, config.block_q)
+            walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
+        if recipe.drops:
+            rows = plgpu.broadcasted_iota(jnp.int32, (config.block_q,), 0, layout=ROW) + base
+            words = recipe.generator.query_words(refs.seeds[b, h, 0], refs.seeds[b, h, 1], rows)
+        return cls(recipe, refs, b, h, base, wg, walk, words)
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        return self.recipe.config.block_q, self.recipe.config.block_k
+
+    def _index(self, axis: int) -> Any:
+        return plgpu.broadcasted_iota(jnp.int32, self._tile, axis, layout=TILE)
+
+    def _loaded(self, ref: Any, start: Any, length: int, layout: Any, axis: int) -> Any:
+        """A stretch of a 1-d operand along one axis of the tile."""
+        where = ref.at[pl.ds(start, length)]
+        vector = plgpu.load(where, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
+        return lax.broadcast_in_dim(vector, self._tile, [axis])
+
+    def _by_row(self, ref: Any) -> Any:
+        return self._loaded(ref, self.base, self._tile[0], ROW, 0)
+
+    def _by_column(self, ref: Any, t: Any) -> Any:
+        return self._loaded(ref, t * self._tile[1], self._tile[1], COLUMN, 1)
+
+    def _columns(self, t: Any) -> tuple[Any, Any]:
+        """(here, k): the keys of tile t are here + k, and k is a constant for each register: the bits of a column but 1 and 2,
+        which are the thread's. Positions that count from `here` cost no register; whole indices cost one each, in all of the loop,
+        and spill."""
+        column = self._index(1)
+        return (column & 6) + t * self._tile[1], column & ~6
+
+    def first(self) -> tuple[Any, Any]:
+        """(m, l) before the first key."""
+        bq, sinks = self._tile[0], self.refs.sinks
+        if sinks is None:
+            return filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
+        sink = sinks[(*shared(sinks, self.b), self.h)]
+        m = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30)) * (LOG2E / self.recipe.factor)
+        return filled((bq,), m, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
+
+    def keep_words(self, i: Any) -> list[Any]:
+        """The packed dense mask of step i; to be loaded before the products, for the softmax."""
+        kind, ref = self.recipe.keep_kind, self.refs.keep
+        if kind is None:
+            return []
+        lead, words = shared(ref, self.b, self.h), self._tile[1] // dense.WORD
+        found = [0] if kind in ("row", "scalar") else [self.walk.tile(i) * words + n for n in range(words)]
+        if kind in ("column", "scalar"):
+            return [jnp.full(self._tile, ref[(*lead, n, 0)], jnp.int32) for n in found]
+        return [self._by_row(ref.at[(*lead, n)]) for n in found]
+
+    def _addend(self, t: Any, number: Any) -> Any:
+        """The bias of key tile t, float32; the tile is the ring's of that number."""
+        refs, kind = self.refs, self.recipe.bias_kind
+        lead = shared(refs.bias, self.b, self.h)
+        if kind == "scalar":
+            return refs.bias[(*lead, 0)]
+        if kind == "row":
+            return self._by_row(refs.bias.at[lead])
+        if kind == "column":
+            return self._by_column(refs.bias.at[lead], t)
+        now, bq = lax.rem(number, np.int32(self.recipe.config.bias_stages)), self._tile[0]
+        plgpu.barrier_wait(refs.bias_ready.at[now])
+        found = plgpu.load(refs.bias_s.at[now, pl.ds(self.wg * bq, bq)], layout=TILE)  # pyright: ignore[reportCallIssue]
+        self.recipe.products.read()
+        plgpu.barrier_arrive(refs.bias_free.at[now])
+        return found.astype(jnp.float32)
+
+    def _masked(self, s: Any, t: Any, packed: list[Any]) -> Any:
+        recipe = self.recipe
+        if packed:
+            s = jnp.where(dense.unpack(packed, self._index(1)), s, -jnp.inf)
+        if recipe.mask is None and not recipe.ragged:
+            return s
+        here, k = self._columns(t)
+        kept: Any = True
+        if recipe.mask is not None:
+            own = lambda ref: ref.at[shared(ref, self.b)]  # noqa: E731
+            mask = mask_of(
+                recipe, self.refs, self.b, lambda ref: Ids(self._by_row(own(ref))), lambda ref: Ids(self._by_column(own(ref), t))
+            )  # fmt: skip
+            kept = mask.moved(here).keep(self._index(0) + self.base - here, k)
+        if recipe.ragged:
+            kept = kept & (k < recipe.shape.key_len - here)
+        return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
+
+    def softmax(self, s: Any, m: Any, l: Any, *, i: Any, packed: list[Any], number: Any) -> tuple[Any, ...]:
+        """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
+        recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
+        shape, generator = recipe.shape, recipe.generator
+        if not recipe.waits:
+            s = s * (shape.scale if refs.scale is None else refs.scale[shared(refs.scale, self.b)])
+        if shape.softcap is not None:
+            # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
+            s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
+        if recipe.bias_kind is not None:
+            s = s + self._addend(t, number)
+        if recipe.mask is not None or packed or recipe.ragged:
+            cut = True if recipe.drops else self.walk.partial(i)  # beside the words of dropout a branch spills
+            if not isinstance(cut, bool):
+                s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)
+            elif cut:
+                s = self._masked(s, t, packed)
+        m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
+        if recipe.drops:
+            a, c = self.words
+            here, k = self._columns(t)
+            key_words = generator.key_words(refs.seeds[self.b, self.h, 1], here + k)
+            kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
+            # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
+            p = lax.optimization_barrier(jnp.where(kept, p, 0.0))
+        return m, l, shrink, p
