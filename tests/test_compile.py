@@ -53,7 +53,8 @@ def call(q, more):
     return jax_sdpa.scaled_dot_product_attention(q, q, q, mask, **drop)
 
 with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-    jax.jit(call).lower(array(B, H, L, E), more).compile()
+    program = jax.jit(call).lower(array(B, H, L, E), more).compile()
+print("temporaries", program.memory_analysis().temp_size_in_bytes)
 """
 
 LONG, SHORT = (1, 8, 16384), (32, 8, 512)
@@ -88,6 +89,10 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
     assert len(spills) >= 1, "ptxas said nothing of the kernel"
     assert max(spills) <= SPILLS.get((shape, E, kind), 0)
     assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
+    batch, heads, length = shape
+    copies = {"lengths": 2 * batch * heads * length * E, "bool": batch * length * length // 8}  # the values; a bit a score
+    temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
+    assert temporaries <= copies.get(kind, 0) + 2**20, temporaries
 
 
 TWO_GPUS = """
