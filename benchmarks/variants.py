@@ -1,0 +1,125 @@
+"""Forward configurations beside one another: lowered where there is time, timed where there is a GPU.
+
+python -m benchmarks.variants export DIR [--only D128]     # no GPU needed: jax.export of every variant, half a second each
+python -m benchmarks.variants time DIR [--rounds 2]        # compiles what was exported, in threads; times it beside cuDNN
+
+Lowering is Python's work, one variant after another, and a GPU is too dear to wait for it. What is varied is written in `variants`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
+
+from benchmarks.gpu import CASES, Case, device_time, operands
+from jax_sdpa import dropout
+from jax_sdpa.attention.bias import causal
+from pallas_kernels import flash_attention
+from pallas_kernels.contracts import ForwardConfig
+
+THREE = ForwardConfig(warpgroups=3, registers=(160, 32))
+
+
+def variants(case: Case) -> dict[str, ForwardConfig | None]:
+    """By name; None is what `tuning` chooses."""
+    found: dict[str, ForwardConfig | None] = {"tuned": None}
+    if case.extra:
+        return found
+    base = {64: THREE, 128: ForwardConfig(), 256: ForwardConfig(block_k=64)}[case.D]
+    found["one"] = base
+    if case.D < 256:
+        for n in (4, 8, 12, 16):
+            found[f"{n} row tiles"] = ForwardConfig(**{**vars(base), "row_tiles": n})
+    if case.D == 64:
+        found["two warpgroups"] = ForwardConfig()
+        found["two warpgroups, 8 row tiles"] = ForwardConfig(row_tiles=8)
+    return found
+
+
+def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more: Any) -> Any:
+    """The launch itself, on arrays (B, H, L, D)."""
+    options: dict[str, Any] = {}
+    if case.extra.startswith("bool"):
+        options["keep"] = more
+    elif case.extra.startswith("bias"):
+        options["bias"] = more
+    elif case.extra == "dropout":
+        options |= {"seeds": dropout.seeds(jax.random.key(1), case.B, case.H), "dropout_p": 0.1, "generator": dropout}
+    mask = causal().with_batch((case.B,)) if case.causal else None
+    return flash_attention.forward(q, k, v, layout="BHLE", scale=case.D**-0.5, mask=mask, config=config, **options)
+
+
+def export_all(directory: pathlib.Path, only: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    index = []
+    for case in CASES:
+        if only not in case.name or case.extra in ("lengths", "segments", "window"):
+            continue
+        (q, k, v), more = jax.eval_shape(lambda case=case: operands(case))
+        for name, config in variants(case).items():
+            program = jax.jit(lambda q, k, v, more, case=case, config=config: call(case, config, q, k, v, more))
+            path = directory / f"{len(index)}.bin"
+            path.write_bytes(export.export(program, platforms=["cuda"])(q, k, v, more).serialize())
+            index.append({"case": case.name, "variant": name, "file": path.name})
+    (directory / "index.json").write_text(json.dumps(index))
+    print(f"{len(index)} programs in {directory}")
+
+
+def time_all(directory: pathlib.Path, rounds: int) -> None:
+    from benchmarks.gpu import peers
+
+    index = json.loads((directory / "index.json").read_text())
+
+    def compiled(entry: dict[str, str]) -> Any:
+        program = export.deserialize(bytearray((directory / entry["file"]).read_bytes()))
+        given = jax.tree.unflatten(program.in_tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals])[0]
+        return jax.jit(program.call).lower(*given).compile()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = list(pool.map(compiled, index))
+    for case in CASES:
+        own = [(entry["variant"], program) for entry, program in zip(index, programs, strict=True) if entry["case"] == case.name]
+        if not own:
+            continue
+        arrays, more = operands(case)
+        calls = {name: functools.partial(program, *arrays, more) for name, program in own}
+        first = next(iter(calls.values()))()[0].astype(jnp.float32)
+        for name, one in calls.items():
+            if not float(jnp.abs(one()[0].astype(jnp.float32) - first).max()) < 0.05:
+                raise SystemExit(f"{case.name}, {name}: not the numbers of the first variant.")
+        calls |= {name: peer for name, peer in peers(case, arrays, more, False).items() if name == "torch CUDNN"}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, one in calls.items():
+                times[name].append(device_time(one))
+        figures = (f"{name} {case.flops / statistics.median(each) / 1e12:.0f}" for name, each in times.items())
+        print(f"{case.name:36s}{'  '.join(figures)}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("export", "time"))
+    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args(argv)
+    if args.what == "export":
+        export_all(args.directory, args.only)
+    else:
+        time_all(args.directory, args.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
