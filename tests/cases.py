@@ -183,3 +183,17 @@ CASES: dict[str, Callable[[], Case]] = {
         make(5, 700, bias=np.linspace(-300, 300, 700)[None, :], dlse=True), None, {"face": "jax"}
     ),
 }  # fmt: skip
+
+
+def _seeded(build: Callable[[], Case], seed: int) -> Callable[[], Case]:
+    """A case whose arrays do not depend on which tests ran before it in the same process."""
+
+    def seeded() -> Case:
+        global rng
+        rng = np.random.default_rng([7, seed])
+        return build()
+
+    return seeded
+
+
+CASES = {name: _seeded(build, seed) for seed, (name, build) in enumerate(CASES.items())}
