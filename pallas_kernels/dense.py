@@ -29,6 +29,11 @@ def kind(array: Any) -> str:
     ]
 
 
+def tile_bytes(bias: Any) -> int:
+    """Of an element of a bias as large as the scores; 0 of any other, and without one."""
+    return bias.dtype.itemsize if bias is not None and kind(bias) == "tile" else 0
+
+
 def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
     """A bool mask as int32 words, lengths filled up to whole tiles with what is masked; see the table above."""
     _, _, L, S = keep.shape

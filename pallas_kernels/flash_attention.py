@@ -49,7 +49,7 @@ def _is_sloped(mask: Any, L: int, S: int) -> bool:
     return mask.kv_range(0, 1, L, S) != mask.kv_range(L - 1, L, L, S)
 
 
-def _hidden_by(mask: Any, keep: jax.Array, batch: int, L: int, S: int) -> tuple[Any, jax.Array]:
+def _hidden_by(mask: Any, keep: jax.Array, L: int, S: int) -> tuple[Any, jax.Array]:
     """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: less is left to compute."""
     arrays = jax.tree.leaves(mask)
     if mask is None or dense.kind(keep) != "tile" or keep.shape[0] < max((array.shape[0] for array in arrays), default=1):
@@ -85,12 +85,11 @@ def forward(
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
     sloped, masked = _is_sloped(mask, L, S), mask is not None or keep is not None
     if keep is not None:
-        mask, keep = _hidden_by(mask, keep, B, L, S)
-    if bias is not None and dense.kind(bias) == "tile":
-        wide = S if S * bias.dtype.itemsize % SWIZZLE == 0 else _up(S, 64)  # made anew, it is made for the widest swizzle
+        mask, keep = _hidden_by(mask, keep, L, S)
+    if bias_bytes := dense.tile_bytes(bias):
+        wide = S if S * bias_bytes % SWIZZLE == 0 else _up(S, 64)  # made anew, it is made for the widest swizzle
         bias = _longer(bias, {2: _up(L, 8), 3: wide})
     if config is None:
-        bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
         config = tuning.forward_config(
             heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
             drops=drops, bias_bytes=bias_bytes,

@@ -83,9 +83,8 @@ def forward(
                bias_free: Any = None) -> None:  # fmt: skip
         given = iter(operands)
         q_ref, k_ref, v_ref = next(given), next(given), next(given)
-        mask_refs = [next(given) for _ in arrays]
         refs = Refs(
-            mask=mask_refs,
+            mask=[next(given) for _ in arrays],
             table=next(given) if recipe.listed else None,
             keep=None if keep is None else next(given),
             bias=None if bias is None else next(given),
@@ -109,12 +108,15 @@ def forward(
         def q_slot(n: Any) -> Any:
             return wg + n_wg * slot(n + zero, 2) if several else wg
 
+        def place(n: Any) -> tuple[Any, Any, Any]:
+            """(b, h, this warpgroup's first row) of item n."""
+            b, h, tile = items.at(program, n)
+            return b, h, tile * config.rows + wg * bq
+
         def load_q(n: Any) -> None:
             """Ask for this warpgroup's rows of item n."""
-            b, h, tile = items.at(program, n)
-            plgpu.copy_gmem_to_smem(
-                at(q_ref, b, tile * config.rows + wg * bq, bq, h), q_s.at[q_slot(n)], q_ready.at[q_slot(n)]
-            )  # fmt: skip
+            b, h, base = place(n)
+            plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_s.at[q_slot(n)], q_ready.at[q_slot(n)])
 
         def rows_of(n: Any) -> Rows:
             """This warpgroup's rows of item n."""
@@ -122,8 +124,7 @@ def forward(
 
         def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
             """Store the results of item n."""
-            b, h, tile = items.at(program, n)
-            base = tile * config.rows + wg * bq
+            b, h, base = place(n)
             share, lse = online_softmax.finish(m, l, recipe.factor, huge=recipe.huge)
             if recipe.drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))

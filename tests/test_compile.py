@@ -21,22 +21,27 @@ pytestmark = pytest.mark.skipif(
     reason="compiling for a GPU that is not there needs jax 0.11.2 and the wheels jax-cuda13-plugin and jax-cuda13-pjrt",
 )
 
-PROGRAM = """
+PREFACE = """
 import pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.extend.backend import backends
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_sdpa
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, causal
 from jax_sdpa.device import assume_device
 
-backends()  # registers the plugin
-target = pathlib.Path(sys.argv[1]).read_text()
-topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
-here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+def mesh_of(gpus):
+    backends()  # registers the plugin
+    target = pathlib.Path(sys.argv[1]).read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{gpus}")
+    return topologies.make_mesh(topo=topology, mesh_shape=(gpus,), axis_names=("x",))
+"""
+
+PROGRAM = """
+here = NamedSharding(mesh_of(1), PartitionSpec())
 B, H, L, E, kind = *map(int, sys.argv[2:6]), sys.argv[6]
 
 def array(*shape, dtype=jnp.bfloat16):
@@ -56,6 +61,19 @@ with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
     program = jax.jit(call).lower(array(B, H, L, E), more).compile()
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
 """
+
+
+def run(tmp_path, program, *arguments):
+    """What the program prints, in a process of its own: ptxas writes past Python's streams."""
+    path = tmp_path / "program.py"
+    path.write_text(PREFACE + program)
+    command = [sys.executable, path, Path(__file__).parent / "h200.txtpb", *map(str, arguments)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-3000:]
+    return text
+
 
 LONG, SHORT = (1, 8, 16384), (32, 8, 512)
 CLEAN = [
@@ -77,14 +95,7 @@ SPILLS = {  # bytes of spill stores; in the branch that masks a tile
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "E", "kind"), [*CLEAN, (LONG, 128, "lengths")], ids=str)
 def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
-    program = tmp_path / "compile.py"
-    program.write_text(PROGRAM)
-    target = Path(__file__).parent / "h200.txtpb"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    arguments = [str(x) for x in (target, *shape, E, kind)]
-    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, env=environment, check=False)
-    text = done.stdout + done.stderr
-    assert done.returncode == 0, text[-3000:]
+    text = run(tmp_path, PROGRAM, *shape, E, kind)
     spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
     assert len(spills) >= 1, "ptxas said nothing of the kernel"
     assert max(spills) <= SPILLS.get((shape, E, kind), 0)
@@ -96,21 +107,7 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
 
 
 TWO_GPUS = """
-import pathlib, sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.extend.backend import backends
-from jax.sharding import NamedSharding, PartitionSpec
-
-import jax_sdpa
-from jax_sdpa.attention import SDPBackend, sdpa_kernel
-from jax_sdpa.attention.bias import KeyLengths, causal
-from jax_sdpa.device import assume_device
-
-backends()
-target = pathlib.Path(sys.argv[1]).read_text()
-topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x2")
-mesh = topologies.make_mesh(topo=topology, mesh_shape=(2,), axis_names=("x",))
+mesh = mesh_of(2)
 
 def call(q, k, lengths):
     mask = causal() & KeyLengths(lengths)
@@ -135,9 +132,4 @@ print("sharded as given")
 
 @pytest.mark.slow
 def test_on_two_gpus_batch_and_heads_stay_sharded_and_nothing_is_gathered(tmp_path):
-    program = tmp_path / "two.py"
-    program.write_text(TWO_GPUS)
-    arguments = [sys.executable, program, str(Path(__file__).parent / "h200.txtpb")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-    assert "sharded as given" in done.stdout, done.stderr[-3000:]
+    assert "sharded as given" in run(tmp_path, TWO_GPUS)

@@ -11,7 +11,7 @@ from oracle import band, check, lengths, solve
 from jax_sdpa import check as checks
 from jax_sdpa import compat, dot_product_attention, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
-from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, causal_lower_right, sliding_window
+from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, causal_lower_right, sliding_window
 from jax_sdpa.implementations.flash import Flash
 from jax_sdpa.masks import as_mask
 
@@ -281,6 +281,7 @@ def test_what_flash_refuses_and_notes():
     assert about(q) == "Derivatives run the XLA implementation, from the saved lse."
     assert "A padded copy is made of query, key, value" in about(odd)
     assert "The values are copied" in about(q, KeyLengths(jax.ShapeDtypeStruct((1,), jnp.int32)))
+    assert "The values are copied" in about(q, QueryLengths(jax.ShapeDtypeStruct((1,), jnp.int32)))
     assert "The values are copied" not in about(q, causal())
     assert "head dims from 1 to 256. Got 264 and 264" in about(jax.ShapeDtypeStruct((1, 2, 256, 264), jnp.bfloat16))
     assert "a scale that is finite, got inf" in about(q, scale=float("inf"))

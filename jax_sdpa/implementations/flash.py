@@ -14,7 +14,6 @@ from jax_sdpa.device import Device
 from jax_sdpa.implementations import scores
 from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_sizes
 from jax_sdpa.implementations.efficient import Efficient
-from jax_sdpa.masks import Band, Mask, QueryLengths
 from jax_sdpa.request import SdpaRequest
 from pallas_kernels import dense, flash_attention
 
@@ -62,20 +61,15 @@ class Flash(Implementation):
         return reasons
 
     def notes(self, request: SdpaRequest, device: Device) -> tuple[str, ...]:
-        bias = request.bias
-        bias_bytes = bias.dtype.itemsize if bias is not None and dense.kind(bias) == "tile" else 0
         names = flash_attention.padding(
-            request.query_len, request.key_len, request.head_dim, request.value_head_dim, bias_bytes
+            request.query_len, request.key_len, request.head_dim, request.value_head_dim, dense.tile_bytes(request.bias)
         )  # fmt: skip
-        padded = (
-            (f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.",) if names else ()
-        )
-        copied = (
-            ("The values are copied, with zeros in place of those that the mask hides from every query.",)
-            if _hides(request)
-            else ()
-        )
-        return ("Derivatives run the XLA implementation, from the saved lse.", *padded, *copied)
+        notes = ["Derivatives run the XLA implementation, from the saved lse."]
+        if names:
+            notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
+        if _may_hide(request):
+            notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
+        return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
@@ -95,16 +89,10 @@ class Flash(Implementation):
         return _XLA.backward(request, out, lse, dout, dlse, wrt)
 
 
-def _hides(request: SdpaRequest) -> bool:
-    """Whether the structured masks may hide a key from every query; reads kinds and sizes only."""
-    L, S = request.query_len, request.key_len
-
-    def shows_all(mask: Mask) -> bool:
-        return isinstance(mask, QueryLengths) or (
-            isinstance(mask, Band) and isinstance(mask.offset, int) and mask.kv_range(0, L, L, S) == (0, S)
-        )  # fmt: skip
-
-    return not all(map(shows_all, request.masks))
+def _may_hide(request: SdpaRequest) -> bool:
+    """Whether `scores.seen_only` copies: asked of the mask with shapes in place of its arrays."""
+    mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), request.mask)
+    return jax.eval_shape(lambda mask: mask.key_valid(request.query_len, request.key_len), mask) is not None
 
 
 _XLA = Efficient(on_cpu=False)
