@@ -9,7 +9,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention call: (B, Hq, L, E) queries against (B, H, S, E) keys and values."""
+    """One attention call: (B, Hq, L, E) queries against (B, H, S, E) keys and values.
+
+    dtype: of a GPU case; those of the CPU are run in several. extra: what else a GPU case takes, in words (`gpu.operands`).
+    """
 
     name: str
     batch: int
@@ -20,6 +23,20 @@ class Case:
     head_dim: int
     causal: bool = False
     passes: tuple[str, ...] = ("forward", "forward+backward")
+    dtype: str = "bfloat16"
+    extra: str = ""
+
+    @property
+    def flops(self) -> float:
+        """Of the forward's two products, over what the mask leaves."""
+        full = 4.0 * self.batch * self.q_heads * self.query_len * self.key_len * self.head_dim
+        if self.extra == "window":
+            return full * (self.query_len * 1024 - 1024 * 1023 / 2) / (self.query_len * self.key_len)
+        if self.extra == "lengths":
+            return full * 7 / 8
+        if self.extra == "segments":
+            return full / 8
+        return full / 2 if self.causal else full
 
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
         """Normal random (query, key, value, cotangent), float32, (B, H, L, E)."""
@@ -41,3 +58,24 @@ CPU_CASES = (
 )
 """A training layer, a long one, a wide head, many short sequences (torch's docstring example), and Llama-3-like decode."""
 CPU_DTYPES = ("float32", "bfloat16")
+
+
+def _gpu(name: str, shape: tuple[int, int, int, int], causal: bool = False, kv_heads: int = 0, **more: str) -> Case:
+    B, H, L, E = shape
+    return Case(name, B, H, kv_heads or H, L, L, E, causal, ("forward",), **more)  # type: ignore[arg-type]
+
+
+GPU_CASES = (
+    *(_gpu(f"B{B} H{H} L{L} D{D} {'causal' if causal else 'full'}", (B, H, L, D), causal)
+      for D, H in ((128, 16), (64, 32), (256, 8)) for B, L in ((1, 16384), (8, 2048), (32, 512)) for causal in (False, True)),
+    _gpu("Qwen2-7B 28/4 L4096 D128 causal", (1, 28, 4096, 128), True, 4),
+    _gpu("Qwen2-7B 28/4 L32768 D128 causal", (1, 28, 32768, 128), True, 4),
+    _gpu("seed 1: B32 H8 L128 D64 f16", (32, 8, 128, 64), dtype="float16"),
+    _gpu("seed 2: B32 H32/8 L128 D64 f16", (32, 32, 128, 64), False, 8, dtype="float16"),
+    *(_gpu(f"B4 H{H} L4096 D{D} {extra}", (4, H, 4096, D), extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
+      for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "lengths", "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
+    *(_gpu(f"B4 H{H} L4096 D{D} causal dropout", (4, H, 4096, D), True, extra="dropout") for D, H in ((128, 16), (64, 32))),
+    _gpu("B4 H16 L4096 D128 segments", (4, 16, 4096, 128), extra="segments"),
+    _gpu("B1 H16 L16384 D128 window 1024", (1, 16, 16384, 128), extra="window"),
+)  # fmt: skip
+"""Square training shapes at three head dims, Qwen2-7B's heads, torch's two docstring examples, and every kind of mask."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
 import datetime
 import json
 import os
@@ -25,85 +24,30 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives o
 import jax
 import jax.numpy as jnp
 
+from benchmarks.cases import GPU_CASES, Case
 from benchmarks.run import RESULTS
 from jax_sdpa import explain, scaled_dot_product_attention
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A call on (B, H, L, D) queries and (B, Hk, S, D) keys and values; `extra` names what else it takes."""
-
-    name: str
-    B: int
-    H: int
-    L: int
-    D: int
-    causal: bool = False
-    Hk: int = 0
-    S: int = 0
-    dtype: str = "bfloat16"
-    extra: str = ""
-
-    @property
-    def kv(self) -> tuple[int, int]:
-        return self.Hk or self.H, self.S or self.L
-
-    @property
-    def flops(self) -> float:
-        """Of the two products, over what the mask leaves."""
-        full = 4.0 * self.B * self.H * self.L * self.kv[1] * self.D
-        if self.extra == "window":
-            return 4.0 * self.B * self.H * self.D * (self.L * 1024 - 1024 * 1023 / 2)
-        if self.extra == "lengths":
-            return full * 7 / 8
-        if self.extra == "segments":
-            return full / 8
-        return full / 2 if self.causal else full
-
-
-def _grid() -> list[Case]:
-    sizes = [(128, 16), (64, 32), (256, 8)]
-    shapes = [(1, 16384), (8, 2048), (32, 512)]
-    return [
-        Case(f"B{B} H{H} L{L} D{D} {'causal' if c else 'full'}", B, H, L, D, c)
-        for D, H in sizes
-        for B, L in shapes
-        for c in (False, True)
-    ]
-
-
-CASES = [
-    *_grid(),
-    Case("Qwen2-7B 28/4 L4096 D128 causal", 1, 28, 4096, 128, True, 4),
-    Case("Qwen2-7B 28/4 L32768 D128 causal", 1, 28, 32768, 128, True, 4),
-    Case("seed 1: B32 H8 L128 D64 f16", 32, 8, 128, 64, dtype="float16"),
-    Case("seed 2: B32 H32/8 L128 D64 f16", 32, 32, 128, 64, Hk=8, dtype="float16"),
-    *(Case(f"B4 H{H} L4096 D{D} {extra}", 4, H, 4096, D, extra=extra) for D, H in [(128, 16), (64, 32), (256, 8)]
-      for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "lengths", "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
-    *(Case(f"B4 H{H} L4096 D{D} causal dropout", 4, H, 4096, D, True, extra="dropout") for D, H in [(128, 16), (64, 32)]),
-    Case("B4 H16 L4096 D128 segments", 4, 16, 4096, 128, extra="segments"),
-    Case("B1 H16 L16384 D128 window 1024", 1, 16, 16384, 128, extra="window"),
-]  # fmt: skip
-
-
 def operands(case: Case) -> tuple[list[jax.Array], Any]:
     """([query, key, value], what else the call takes)."""
-    Hk, S = case.kv
+    S = case.key_len
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = (case.B, case.H, case.L, case.D), (case.B, Hk, S, case.D), (case.B, Hk, S, case.D)
+    kv = (case.batch, case.kv_heads, S, case.head_dim)
+    shapes = (case.batch, case.q_heads, case.query_len, case.head_dim), kv, kv
     arrays = [jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=False)]
     more: Any = None
     if case.extra.startswith("bool"):
-        rows = case.L if case.extra.endswith("L,S)") else 1
-        more = jax.random.bernoulli(keys[3], 0.7, (case.B, 1, rows, S))
+        rows = case.query_len if case.extra.endswith("L,S)") else 1
+        more = jax.random.bernoulli(keys[3], 0.7, (case.batch, 1, rows, S))
     elif case.extra.startswith("bias"):
-        own, dtype = (case.B, case.dtype) if case.extra.startswith("bias16") else (1, "float32")
-        more = jax.random.normal(keys[3], (own, case.H, case.L, S), dtype)
+        own, dtype = (case.batch, case.dtype) if case.extra.startswith("bias16") else (1, "float32")
+        more = jax.random.normal(keys[3], (own, case.q_heads, case.query_len, S), dtype)
     elif case.extra == "lengths":
-        more = KeyLengths(jnp.full((case.B,), S - S // 8, jnp.int32))
+        more = KeyLengths(jnp.full((case.batch,), S - S // 8, jnp.int32))
     elif case.extra == "segments":
-        more = SegmentIds(jnp.broadcast_to(jnp.arange(case.L) // (case.L // 8), (case.B, case.L)))
+        more = SegmentIds(jnp.broadcast_to(jnp.arange(case.query_len) // (case.query_len // 8), (case.batch, case.query_len)))
     return arrays, more
 
 
@@ -126,10 +70,12 @@ def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool) -> dict[
         mask = torch.from_dlpack(more)
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     elif case.extra == "lengths":
-        mask = (torch.arange(case.L, device="cuda") < case.L - case.L // 8)[None, None, None, :].expand(case.B, 1, 1, case.L)
+        mask = (torch.arange(case.query_len, device="cuda") < case.query_len - case.query_len // 8)[None, None, None, :].expand(
+            case.batch, 1, 1, case.query_len
+        )
     elif case.extra in ("segments", "window"):
         return {}
-    options = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": case.kv[0] != case.H}
+    options = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": case.kv_heads != case.q_heads}
     options["dropout_p"] = 0.1 if case.extra == "dropout" else 0.0
     found: dict[str, Callable[[], Any]] = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -160,10 +106,10 @@ def exact(case: Case, arrays: list[jax.Array], more: Any) -> Any:
     if case.extra in ("segments", "window", "lengths", "dropout"):
         return None
     q, k, v = (torch.from_dlpack(x)[:1].float() for x in arrays)
-    k, v = (x.repeat_interleave(case.H // case.kv[0], 1) for x in (k, v))
+    k, v = (x.repeat_interleave(case.q_heads // case.kv_heads, 1) for x in (k, v))
     mask = None if more is None else torch.from_dlpack(more)[:1]
     if mask is not None:
-        mask = (mask if mask.dtype == torch.bool else mask.float()).expand(1, case.H, case.L, case.kv[1])
+        mask = (mask if mask.dtype == torch.bool else mask.float()).expand(1, case.q_heads, case.query_len, case.key_len)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=case.causal)
 
@@ -244,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     print(machine, "TFLOP/s of device time", flush=True)
     rows = []
-    chosen = [case for case in CASES if args.only in case.name]
+    chosen = [case for case in GPU_CASES if args.only in case.name]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = list(pool.map(compiled, chosen))
     for case, program in zip(chosen, programs, strict=True):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import export
 from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
-from benchmarks.gpu import CASES, Case, device_time, operands
+from benchmarks.cases import GPU_CASES, Case
+from benchmarks.gpu import device_time, operands, peers
 from jax_sdpa import dropout
 from jax_sdpa.attention.bias import causal
 from pallas_kernels import flash_attention
@@ -36,12 +37,12 @@ def variants(case: Case) -> dict[str, ForwardConfig | None]:
     found: dict[str, ForwardConfig | None] = {"tuned": None}
     if case.extra:
         return found
-    base = {64: THREE, 128: ForwardConfig(), 256: ForwardConfig(block_k=64)}[case.D]
+    base = {64: THREE, 128: ForwardConfig(), 256: ForwardConfig(block_k=64)}[case.head_dim]
     found["one"] = base
-    if case.D < 256:
+    if case.head_dim < 256:
         for n in (4, 8, 12, 16):
             found[f"{n} row tiles"] = ForwardConfig(**{**vars(base), "row_tiles": n})
-    if case.D == 64:
+    if case.head_dim == 64:
         found["two warpgroups"] = ForwardConfig()
         found["two warpgroups, 8 row tiles"] = ForwardConfig(row_tiles=8)
     return found
@@ -55,15 +56,15 @@ def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more:
     elif case.extra.startswith("bias"):
         options["bias"] = more
     elif case.extra == "dropout":
-        options |= {"seeds": dropout.seeds(jax.random.key(1), case.B, case.H), "dropout_p": 0.1, "generator": dropout}
-    mask = causal().with_batch((case.B,)) if case.causal else None
-    return flash_attention.forward(q, k, v, layout="BHLE", scale=case.D**-0.5, mask=mask, config=config, **options)
+        options |= {"seeds": dropout.seeds(jax.random.key(1), case.batch, case.q_heads), "dropout_p": 0.1, "generator": dropout}
+    mask = causal().with_batch((case.batch,)) if case.causal else None
+    return flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, config=config, **options)
 
 
 def export_all(directory: pathlib.Path, only: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     index = []
-    for case in CASES:
+    for case in GPU_CASES:
         if only not in case.name or case.extra in ("lengths", "segments", "window"):
             continue
         (q, k, v), more = jax.eval_shape(lambda case=case: operands(case))
@@ -77,8 +78,6 @@ def export_all(directory: pathlib.Path, only: str) -> None:
 
 
 def time_all(directory: pathlib.Path, rounds: int) -> None:
-    from benchmarks.gpu import peers
-
     index = json.loads((directory / "index.json").read_text())
 
     def compiled(entry: dict[str, str]) -> Any:
@@ -88,7 +87,7 @@ def time_all(directory: pathlib.Path, rounds: int) -> None:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = list(pool.map(compiled, index))
-    for case in CASES:
+    for case in GPU_CASES:
         own = [(entry["variant"], program) for entry, program in zip(index, programs, strict=True) if entry["case"] == case.name]
         if not own:
             continue
