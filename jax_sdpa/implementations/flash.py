@@ -16,6 +16,7 @@ from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_siz
 from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
 from pallas_kernels import dense, flash_attention
+from pallas_kernels.contracts import has_ids
 
 DTYPES = ("float16", "bfloat16")
 ARCHITECTURE = (9, 0)  # Hopper: wgmma and TMA
@@ -67,14 +68,15 @@ class Flash(Implementation):
         notes = ["Derivatives run the XLA implementation, from the saved lse."]
         if names:
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
-        if _may_hide(request):
+        if has_ids(request.mask):
             notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
         return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
+        value = scores.seen_only(request, request.value) if has_ids(request.mask) else request.value  # else the kernel does it
         return flash_attention.forward(
-            request.query, request.key, scores.seen_only(request, request.value), layout=spec.layout,
+            request.query, request.key, value, layout=spec.layout,
             scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
             mask=request.mask if request.masks else None, bias=request.bias, keep=request.keep_mask, sinks=request.sinks,
             seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, interpret=self.interpret,
@@ -87,12 +89,6 @@ class Flash(Implementation):
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
         return _XLA.backward(request, out, lse, dout, dlse, wrt)
-
-
-def _may_hide(request: SdpaRequest) -> bool:
-    """Whether `scores.seen_only` copies: asked of the mask with shapes in place of its arrays."""
-    mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), request.mask)
-    return jax.eval_shape(lambda mask: mask.key_valid(request.query_len, request.key_len), mask) is not None
 
 
 _XLA = Efficient(on_cpu=False)
