@@ -68,8 +68,10 @@ class ForwardConfig:
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
-    program, one after another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a
-    bias in flight. queries: row tiles whose queries are in memory: 2 where the next one's arrive while one is computed. pinned: a warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early).
+    program, one after another: K and V of the next one are on their way while the last one is finished. queries: row tiles whose
+    queries are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
+    registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup
+    waits for the last PV behind all of its softmax (else where the compiler likes it, early).
     """
 
     block_q: int = 64
@@ -81,6 +83,7 @@ class ForwardConfig:
     queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
+    q_registers: bool = False
 
     def __post_init__(self) -> None:
         if self.block_q != 64:

@@ -269,9 +269,7 @@ class Rows:
             kept = kept & (k < recipe.shape.key_len - here)
         return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
 
-    def softmax(
-        self, s: Any, m: Any, l: Any, *, i: Any, packed: list[Any], number: Any, is_first: bool = False
-    ) -> tuple[Any, ...]:
+    def softmax(self, s: Any, m: Any, l: Any, *, i: Any, packed: list[Any], number: Any, is_first: bool = False) -> tuple[Any, ...]:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
