@@ -34,6 +34,10 @@ class Mask(Protocol):
         """The same mask for positions of queries and keys that both count from `by`."""
         ...
 
+    def transposed(self) -> Any:
+        """The mask with queries and keys exchanged: what a block of keys asks."""
+        ...
+
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Any:
         """The mask of one tile: each array per batch entry, per query, per key replaced by what these make of it."""
         ...
@@ -88,6 +92,29 @@ class ForwardConfig:
     def rows(self) -> int:
         """Query rows of one program."""
         return self.block_q * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkConfig(ForwardConfig):
+    """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
+
+    half: p waits in half precision for the next step (dk, dv). masks_all: every tile is masked, without a branch.
+    """
+
+    block_k: int = 64
+    half: bool = False
+    masks_all: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """dq: rows are queries, columns keys. dkv: rows are keys, columns queries; None where dk and dv have to be made one after the
+    other, by dk and dv, because both sums together are more than the registers hold."""
+
+    dq: WalkConfig
+    dkv: WalkConfig | None
+    dk: WalkConfig
+    dv: WalkConfig
 
 
 @dataclasses.dataclass(frozen=True)
