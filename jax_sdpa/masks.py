@@ -123,8 +123,8 @@ class Mask:
         return self
 
     def transposed(self) -> Mask:
-        """The mask with queries and keys exchanged, `transposed().keep(k, q) == keep(q, k)`: its ranges of keys are the queries that
-        a block of keys is seen by."""
+        """The mask with queries and keys exchanged, `transposed().keep(k, q) == keep(q, k)`: its ranges of keys say which queries
+        see a block of keys."""
         raise NotImplementedError
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:

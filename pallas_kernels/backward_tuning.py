@@ -16,4 +16,8 @@ def backward_config(*, head_dim: int, value_head_dim: int) -> BackwardConfig:
         return BackwardConfig(dq=WalkConfig(), dkv=WalkConfig(), dk=WalkConfig(), dv=WalkConfig())
     if wide <= 128:
         return BackwardConfig(dq=WalkConfig(), dkv=WalkConfig(half=True, masks_all=True), dk=WalkConfig(), dv=WalkConfig())
-    return BackwardConfig(dq=WalkConfig(warpgroups=1), dkv=None, dk=WalkConfig(warpgroups=1), dv=WalkConfig())
+    all_ = WalkConfig(masks_all=True)
+    if wide <= 192:
+        return BackwardConfig(dq=all_, dkv=None, dk=all_, dv=all_)
+    one = WalkConfig(warpgroups=1, masks_all=True, half=True)
+    return BackwardConfig(dq=one, dkv=None, dk=one, dv=all_)

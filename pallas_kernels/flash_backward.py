@@ -22,8 +22,8 @@ def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array | None, heads_ax
 
 
 def backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, *, layout: str, scale: Any,
-    softcap: float | None = None, mask: Any = None, keep: Any = None, seeds: Any = None, dropout_p: float = 0.0,
+    query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, *, layout: str,
+    scale: Any, softcap: float | None = None, mask: Any = None, keep: Any = None, seeds: Any = None, dropout_p: float = 0.0,
     generator: Any = None, wants: tuple[str, ...] = WANTS, config: BackwardConfig | None = None, interpret: Any = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """{'query': dq, 'key': dk, 'value': dv} by the Hopper kernels, those of `wants`; arguments as in `flash_attention.forward`.

@@ -49,7 +49,7 @@ def dkv(
     Rows are keys: config.block_q of them a warpgroup, config.block_k queries a tile; `operands` are transposed. numbers: as for
     `dq`, to whole tiles; words: dropout's of every query, (B, Hq, 2, as long) uint32, or None.
     """
-    B, Hq, H, E, Ev, dtype = shape.batch, shape.q_heads, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype
+    B, H, E, Ev, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     q_stages, group, drops = stages + 1, shape.group, shape.dropout_p > 0
     needs_v = "dk" in wants

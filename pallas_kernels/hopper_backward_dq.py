@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
@@ -73,7 +72,8 @@ def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret
             def number(which: int) -> Any:
                 """One of each row, as a tile."""
                 own = numbers_ref.at[b, h, which, pl.ds(base, bq)]
-                return lax.broadcast_in_dim(plgpu.load(own, layout=ROW, optimized=False), (bq, bk), [0])  # pyright: ignore[reportCallIssue]
+                found = plgpu.load(own, layout=ROW, optimized=False)  # pyright: ignore[reportCallIssue] (0.10 had an index)
+                return lax.broadcast_in_dim(found, (bq, bk), [0])
 
             lse, delta = number(LSE), number(DELTA)
             gradient = lambda state, dp: rows.scores_gradient(state, dp, delta)  # noqa: E731

@@ -1,4 +1,4 @@
-"""What a computing warpgroup of a backward kernel does to a tile: probabilities from scores and lse, the scores' gradient from both.
+"""What a warpgroup of a backward kernel does to a tile: probabilities from scores and lse, the scores' gradient from both.
 
     p = exp(s - lse)        ds = p * (keep * dp - delta) * slope        slope: softcap's derivative
 
@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.contracts import WalkConfig
 from pallas_kernels.hopper_scores import Rows
 from pallas_kernels.online_softmax import LOG2E
 
@@ -53,7 +54,7 @@ class GradientRows(Rows):
             s, slope = shape.softcap - shape.softcap * y, y * (2 - y)
         if recipe.mask is not None or packed or recipe.ragged:
             # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
-            cut = True if recipe.drops or recipe.config.masks_all else self.walk.partial(i)
+            cut = True if recipe.drops or cast(WalkConfig, recipe.config).masks_all else self.walk.partial(i)
             if not isinstance(cut, bool):
                 s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)
             elif cut:

@@ -98,7 +98,7 @@ class Operands:
 
     def scale_of(self, shape: ForwardShape, refs: Refs, b: Any) -> Any:
         """What dq and dk are still to be multiplied by: the scale, and dropout's factor of survivors."""
-        scale = shape.scale if refs.scale is None else refs.scale[0 if refs.scale.shape[0] == 1 else b]
+        scale: Any = shape.scale if refs.scale is None else refs.scale[0 if refs.scale.shape[0] == 1 else b]
         return scale * survivor_scale(shape, self.generator)
 
 
