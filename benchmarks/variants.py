@@ -1,7 +1,7 @@
 """Configurations of one pass beside one another: lowered where there is time, timed where there is a GPU.
 
 python -m benchmarks.variants export DIR [--only D128] [--backward]   # no GPU needed: jax.export of each, half a second
-python -m benchmarks.variants time DIR [--rounds 2]                   # compiles what was exported, in threads; times it beside cuDNN
+python -m benchmarks.variants time DIR [--rounds 2]                   # compiles what was exported, in threads; times it
 
 --backward: the kernels of the backward alone, 2.5 times the forward's FLOPs, without a peer (torch's autograd has both passes).
 
@@ -81,6 +81,12 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
         found["dkv float32 p, branch"] = of(dkv=WalkConfig())
         found["dkv half p, branch"] = of(dkv=WalkConfig(half=True))
         found["dkv three stages"] = of(dkv=WalkConfig(half=True, masks_all=True, stages=3))
+        wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64)
+        for name, own in {
+            "fused": wide, "fused, masks all": dataclasses.replace(wide, masks_all=True),
+            "fused, three stages": dataclasses.replace(wide, stages=3), "fused, float32 p": dataclasses.replace(wide, half=False),
+        }.items():  # fmt: skip
+            found[name] = of(fused=own)
     if case.head_dim == 64:
         found["dkv 128 queries"] = of(dkv=WalkConfig(half=True, masks_all=True, block_k=128))
         found["dq three warpgroups"] = of(dq=WalkConfig(warpgroups=3, registers=(160, 32)))

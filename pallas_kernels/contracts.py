@@ -109,12 +109,19 @@ class WalkConfig(ForwardConfig):
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
     """dq: rows are queries, columns keys. dkv: rows are keys, columns queries; None where dk and dv have to be made one after the
-    other, by dk and dv, because both sums together are more than the registers hold."""
+    other, by dk and dv, because both sums together are more than the registers hold. fused: of one kernel for all three, rows and
+    columns as dkv's; None for the pair."""
 
     dq: WalkConfig
     dkv: WalkConfig | None
     dk: WalkConfig
     dv: WalkConfig
+    fused: WalkConfig | None = None
+
+    def can_fuse(self, head_dim: int) -> bool:
+        """Whether the tile of dq can be cut into a part for each warpgroup: by rows, or by columns of whole swizzles."""
+        own = self.fused
+        return own is not None and (own.block_k == own.rows or head_dim % (64 * own.warpgroups) == 0)
 
 
 @dataclasses.dataclass(frozen=True)

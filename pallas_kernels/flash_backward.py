@@ -54,7 +54,7 @@ def backward(
         longer(query, {length_axis: up(L, 8), 3: up(E, 16)}), longer(key, {length_axis: up(S, 8), 3: up(E, 16)}),
         longer(value, {length_axis: up(S, 8), 3: up(Ev, 16)}), longer(dout, {length_axis: up(L, 8), 3: up(Ev, 16)}),
     ]  # fmt: skip
-    kernels = _kernels(config, wants)
+    kernels = _kernels(config, wants, shape.head_dim)
     length = max(up(L, own.rows if name == "query" else own.block_k) for names, own in kernels for name in names)
     if drops:
         delta = delta / hopper_operands.survivor_scale(shape, generator)
@@ -67,18 +67,42 @@ def backward(
         if names == ("query",):
             found["query"] = dq(shape, own, operands, interpret=interpret)(*given, *operands.arrays)
             continue
+        fused = names == WANTS
         words = [hopper_operands.query_words(generator, operands.seeds, length)] if drops else []
         outs = {"key": "dk", "value": "dv"}
-        results = dkv(shape, own, operands, wants=tuple(outs[name] for name in names), interpret=interpret)(
-            *given, *words, *operands.arrays
-        )
-        found |= dict(zip(names, results, strict=True))
+        keys = tuple(name for name in names if name != "query")
+        run = dkv(shape, own, operands, wants=tuple(outs[name] for name in keys), fused=fused, interpret=interpret)
+        if not fused:
+            results = run(*given, *words, *operands.arrays)
+        else:
+            results, sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, [*given, *words, *operands.arrays], interpret)
+            dq_rows = (sums * (scale_of_sums(scale) * hopper_operands.survivor_scale(shape, generator))).astype(query.dtype)
+            found["query"] = dq_rows if heads_axis == 1 else jnp.swapaxes(dq_rows, 1, 2)
+        found |= dict(zip(keys, results, strict=True))
     like = {"query": query, "key": key, "value": value}
     return {name: jax.lax.slice(x, (0, 0, 0, 0), like[name].shape) for name, x in found.items()}
 
 
-def _kernels(config: BackwardConfig, wants: tuple[str, ...]) -> list[tuple[tuple[str, ...], WalkConfig]]:
+def scale_of_sums(scale: Any) -> Any:
+    """The scale, to stand beside (B, Hq, L, E)."""
+    return scale if isinstance(scale, float) else scale.astype(jnp.float32).reshape(-1, 1, 1, 1)
+
+
+def added_into(shape: tuple[int, ...], run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, the float32 sums of `shape` that it adds up in memory)."""
+    if interpret is not None:
+        *results, parts = run(*given)  # a tile that nobody wrote is NaN throughout
+        tiles = parts.reshape(*parts.shape[:3], -1, 64, parts.shape[-1])
+        return results, jnp.where(jnp.isnan(tiles).all((-1, -2), keepdims=True), 0, tiles).reshape(parts.shape).sum(0)
+    sums = jax.new_ref(jnp.zeros(shape, jnp.float32))
+    results = run(*given, sums)
+    return results, jax.freeze(sums)
+
+
+def _kernels(config: BackwardConfig, wants: tuple[str, ...], head_dim: int) -> list[tuple[tuple[str, ...], WalkConfig]]:
     """What each kernel to be run makes, and how."""
+    if set(wants) == set(WANTS) and config.fused is not None and config.can_fuse(head_dim):
+        return [(WANTS, config.fused)]
     kernels: list[tuple[tuple[str, ...], WalkConfig]] = [(("query",), config.dq)] if "query" in wants else []
     keys = tuple(name for name in ("key", "value") if name in wants)
     if len(keys) == 2 and config.dkv is not None:

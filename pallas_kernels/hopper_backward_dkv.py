@@ -1,4 +1,4 @@
-"""dK and dV on Hopper (sm_90), Mosaic GPU: the half of the split backward whose programs own keys.
+"""dK and dV, and fused with them dQ, on Hopper (sm_90), Mosaic GPU: the backward whose programs own keys.
 
 Algorithm: as in `hopper_backward_dq`. Tiles are transposed, (keys, queries), so that p.T and ds.T are left operands of their
 products straight from registers (FlashAttention-3's backward does the same, arXiv:2407.08608):
@@ -11,6 +11,10 @@ group, the query tiles that the mask leaves, so dk and dv of the group's heads a
 Who waits for what, per stage of the rings (a slot of one holds a tile of Q and its rows' numbers, of the other one of dO); s of the
 next step is begun in this one, so Q has one stage more:
 
+Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, which a TMA reduce-add puts into
+a float32 workspace; 5 products for the split pair's 7. Which program adds first is not fixed, so dq's last bits vary.
+
+    ds_ready              between the computing warpgroups: ds of all keys lies in its buffer, one of two
     kv_ready              the program's keys and values have arrived
     q_ready, do_ready     loader -> computers: the tile has arrived
     q_free, do_free       computers -> loader: every computing warpgroup has read it
@@ -33,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_dq import DELTA, LSE
-from pallas_kernels.hopper_backward_products import BackwardWgmma
+from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_memory import rows_of, tile
 from pallas_kernels.hopper_operands import Operands, survivor_scale
@@ -42,17 +46,24 @@ from pallas_kernels.visits import cdiv
 
 
 def dkv(
-    shape: ForwardShape, config: WalkConfig, operands: Operands, *, wants: tuple[str, ...] = ("dk", "dv"), interpret: Any = None
+    shape: ForwardShape, config: WalkConfig, operands: Operands, *, wants: tuple[str, ...] = ("dk", "dv"), fused: bool = False,
+    interpret: Any = None,
 ) -> Callable[..., list[jax.Array]]:  # fmt: skip
     """A function (query, key, value, dout, numbers, words, *operands.arrays) -> the arrays of `wants`, as long as key is.
+
+    fused: dq / scale as well. The function takes behind all others a reference to zeros (B, Hq, whole query tiles, E) float32, into
+    which it adds. The interpreter knows no reduce-add: there, it is one more result, with a leading dim of key tiles to be summed.
 
     Rows are keys: config.block_q of them a warpgroup, config.block_k queries a tile; `operands` are transposed. numbers: as for
     `dq`, to whole tiles; words: dropout's of every query, (B, Hq, 2, as long) uint32, or None.
     """
     B, H, E, Ev, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
-    q_stages, group, drops = stages + 1, shape.group, shape.dropout_p > 0
+    group, drops = shape.group, shape.dropout_p > 0
+    q_stages = stages if fused else stages + 1
     needs_v = "dk" in wants
+    by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
+    part = (bk, E) if by_rows else (bq, E // n_wg)
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
     items = visits.Items(B, H, cdiv(shape.key_len, config.rows), 1)
     products = BackwardWgmma(interpret is not None)
@@ -60,9 +71,13 @@ def dkv(
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
-               do_free: Any, v_s: Any = None, words_s: Any = None) -> None:  # fmt: skip
+               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
+               ds_ready: Any = None) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         words_ref = more.pop(0) if drops else None
+        dq_ref = None
+        if fused:  # behind the inputs, or behind the results
+            dq_ref = more.pop(-len(wants) - 1) if interpret is None else more.pop()
         refs = operands.refs(more[: -len(wants)])
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
         wg = lax.axis_index("wg")
@@ -105,8 +120,36 @@ def dkv(
                 found = rows_at(r).probabilities(
                     s, lambda: column(numbers_s.at[now, LSE]), i=i, packed=packed,
                     query_words=lambda: (column(words_s.at[now, 0]), column(words_s.at[now, 1])),
+                    existing=shape.key_len if fused and shape.key_len % config.rows else None,
                 )  # fmt: skip
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in found)
+
+            def spread(n: Any, r: Any, i: Any) -> Spread:
+                own, buffer = pl.ds(wg * bk, bk), slot(n, 2)
+                columns = pl.ds(0, E) if by_rows else pl.ds(wg * part[1], part[1])
+                first_row = rows_at(r).walk.tile(i) * bq + (wg * bk if by_rows else 0)
+                where = (b, head(r), pl.ds(first_row, part[0]), columns)
+
+                def put(ds: Any) -> None:
+                    ds_s[buffer, own] = ds
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_ready)
+
+                def take() -> tuple[Any, Any]:
+                    plgpu.barrier_wait(ds_ready)
+                    ds = ds_s.at[buffer, :, own] if by_rows else ds_s.at[buffer]
+                    return ds.transpose((1, 0)), k_s if by_rows else k_s.at[:, columns]
+
+                def give(dq: Any) -> None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    dq_s[wg] = dq
+                    plgpu.commit_smem()
+                    if interpret is None:
+                        plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[where], reduction_op="add")
+                    else:
+                        plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[(key_tile, *where)])
+
+                return Spread(part, put, take, give)
 
             def step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, last: bool = False) -> Any:
                 rows, (r_next, i_next) = rows_at(r), advanced(r, i)
@@ -125,6 +168,29 @@ def dkv(
                 plgpu.barrier_arrive(q_free.at[now])
                 return r_next, i_next, dk, dv, state
 
+            def fused_step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, dp: Any, last: bool = False) -> Any:
+                rows, (r_next, i_next) = rows_at(r), advanced(r, i)
+                now, following = slot(n, q_stages), slot(n + 1, q_stages)
+                packed = [] if last else rows_at(r_next).keep_words(i_next)
+
+                def free() -> None:
+                    products.read()
+                    plgpu.barrier_arrive(q_free.at[now])
+                    plgpu.barrier_arrive(do_free.at[now])
+
+                def before_next() -> None:
+                    plgpu.barrier_wait(q_ready.at[following])
+                    plgpu.barrier_wait(do_ready.at[following])
+
+                dk, dv, state, dp = products.fused_step(
+                    k_own, q_s.at[now], v_own, do_s.at[now], dk, dv, state, dp,
+                    None if last else (q_s.at[following], do_s.at[following]), dtype=dtype, free=free, before_next=before_next,
+                    weights=rows.weights,
+                    gradient=lambda state, dp: rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA])),
+                    probabilities=lambda s: probabilities(s, r_next, i_next, following, packed), spread=spread(n, r, i),
+                )  # fmt: skip
+                return r_next, i_next, dk, dv, state, dp
+
             packed = rows_at(zero).keep_words(zero)
             plgpu.barrier_wait(kv_ready)
             plgpu.barrier_wait(q_ready.at[0])
@@ -132,11 +198,18 @@ def dkv(
             products.read()
             dk = filled((bk, E), 0.0, TILE) if "dk" in wants else None
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
-            carried = (zero, zero, dk, dv, state)
-            carried = lax.fori_loop(zero, steps - 1, lambda n, carried: step(n, *carried), carried)
-            _, _, dk, dv, _ = step(steps - 1, *carried, last=True)
+            carried: tuple[Any, ...] = (zero, zero, dk, dv, state)
+            if fused:
+                plgpu.barrier_wait(do_ready.at[0])
+                carried += (products.scores(v_own, do_s.at[0]),)
+            one = fused_step if fused else step
+            carried = lax.fori_loop(zero, steps - 1, lambda n, carried: one(n, *carried), carried)
+            _, _, dk, dv, *_ = one(steps - 1, *carried, last=True)
 
             plgpu.commit_smem()
+            if fused:  # the other warpgroups have read all keys
+                plgpu.barrier_arrive(ds_ready)
+                plgpu.barrier_wait(ds_ready)
             scales = {"dk": operands.scale_of(shape, refs, b), "dv": survivor_scale(shape, operands.generator)}
             for name, own, sums in (("dk", k_own, dk), ("dv", v_own, dv)):
                 if name in wants:
@@ -186,9 +259,11 @@ def dkv(
     dims = {"dk": E, "dv": Ev}
     sizes = [(B, H, rows_out, dims[name]) if shape.layout == "BHLE" else (B, rows_out, H, dims[name]) for name in wants]
     smem, barrier = plgpu.SMEM, plgpu.Barrier
+    if fused and interpret is not None:
+        sizes.append((items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E))
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct(size, dtype) for size in sizes],
+        out_type=[jax.ShapeDtypeStruct(size, dtype if len(size) == 4 else jnp.float32) for size in sizes],
         grid=(items.programs,),
         grid_names=("program",),
         num_threads=n_wg + 1,
@@ -200,6 +275,11 @@ def dkv(
             "do_s": tile((stages, bq), Ev, dtype),
             "numbers_s": smem((q_stages, 2, bq), jnp.float32),
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
+            **({
+                "ds_s": tile((2, config.rows), bq, dtype),
+                "dq_s": tile((n_wg, part[0]), part[1], jnp.float32),
+                "ds_ready": barrier(num_arrivals=n_wg),
+            } if fused else {}),
             "kv_ready": barrier(num_arrivals=2 if needs_v else 1),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=q_stages),
             "do_ready": barrier(num_barriers=stages),

@@ -102,7 +102,8 @@ def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret
             if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
                 carried = lax.fori_loop(1 + zero, steps + zero, step, carried)
             end = slot(steps - 1 + zero)
-            acc = products.add(*carried, k_s.at[end])
+            acc, ds = carried
+            acc = products.add(acc, ds, k_s.at[end])
             plgpu.barrier_arrive(k_free.at[end])
             acc = acc * operands.scale_of(shape, refs, b)
             plgpu.commit_smem()

@@ -1,7 +1,8 @@
 """The matrix products of the backward kernels, in the order in which they stay in flight under what is done to a tile.
 
 Both loops are pipelined over two steps, so that some product runs under each piece of elementwise work: in the dq kernel the last
-step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, and dS.T @ Q under the next step's p.
+step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, and dS.T @ Q under the next step's p. The fused loop has
+its own order (`fused_step`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,20 @@ State = tuple[Any, ...]  # p, and softcap's slope if there is one: tiles, float3
 
 def _unset(shape: tuple[int, ...]) -> Any:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What makes dq beside dk and dv: ds of all warpgroups meets in shared memory, and each makes a part of the tile of dq.
+
+    put(ds) stores a warpgroup's own; take() waits for the others' and answers (ds.T, keys), the operands of its part of dq; give(dq)
+    takes their product, float32.
+    """
+
+    shape: tuple[int, int]  # of a warpgroup's part of dq
+    put: Callable[[Any], None]
+    take: Callable[[], tuple[Any, Any]]
+    give: Callable[[Any], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,3 +133,62 @@ class BackwardWgmma(Wgmma):
         if q_next is None:
             after_dout()
         return after.get("dk"), after.get("dv"), after["state"]
+
+    def fused_step(
+        self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, dp: Any, following: tuple[Any, Any] | None, *,
+        dtype: Any, free: Callable[[], None], before_next: Callable[[], None], weights: Callable[[State], Any],
+        gradient: Callable[[State, Any], Any], probabilities: Callable[[Any], State], spread: Spread,
+    ) -> tuple[Any, Any, State, Any]:  # fmt: skip
+        """As `keys_step`, with dq; here dp is made a step ahead as well: (dk, dv, the next state, the next dp).
+
+        following: (q, dout) of the next step, None in the last one. In flight: dv under ds, dk while dq is stored, dp under p.
+        """
+        wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
+        if self.interpret:
+            dv = self.add(dv, weights(state).astype(dtype), dout)
+            ds = gradient(wide(state), dp).astype(dtype)
+            spread.put(ds)
+            spread.give(self._dot(*spread.take()))
+            dk = self.add(dk, ds, q)
+            free()
+            if following is not None:
+                before_next()
+                state, dp = probabilities(self.scores(k, following[0])), self.scores(v, following[1])
+            return dk, dv, state, dp
+
+        tile = dp.shape
+
+        def stage(refs: Any) -> None:
+            dk_ref, dv_ref, dp_ref, *state_refs = refs
+            state = tuple(ref[...] for ref in state_refs)
+            plgpu.wgmma(dv_ref, weights(state).astype(dtype), dout)
+            ds = gradient(wide(state), dp_ref[...]).astype(dtype)
+            spread.put(ds)
+            plgpu.wgmma_wait(0)
+
+            def second(part_ref: Any) -> Any:
+                plgpu.wgmma(part_ref, *spread.take())
+                plgpu.wgmma(dk_ref, ds, q)
+                return plgpu.wgmma_accumulator_load(part_ref, wait_n=1)
+
+            spread.give(pl.run_scoped(second, plgpu.ACC(spread.shape, jnp.float32)))
+            plgpu.wgmma_wait(0)
+            free()
+            if following is None:
+                return
+
+            q_next, dout_next = following
+
+            def third(s_ref: Any, dp_next_ref: Any) -> Any:
+                before_next()
+                plgpu.wgmma(s_ref, k, q_next.transpose((1, 0)))
+                plgpu.wgmma(dp_next_ref, v, dout_next.transpose((1, 0)))
+                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+                return state, plgpu.wgmma_accumulator_load(dp_next_ref, wait_n=0)
+
+            state, dp_ref[...] = pl.run_scoped(third, plgpu.ACC(tile, jnp.float32), plgpu.ACC(tile, jnp.float32))
+            for ref, new in zip(state_refs, state, strict=True):
+                ref[...] = new
+
+        dk, dv, dp, *after = pl.run_state(stage)((plgpu.ACC.init(dk), plgpu.ACC.init(dv), dp, *state))
+        return dk, dv, tuple(after), dp

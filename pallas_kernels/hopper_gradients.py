@@ -18,9 +18,10 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contracts import WalkConfig
-from pallas_kernels.hopper_scores import Rows
+from pallas_kernels.hopper_scores import TILE, Rows
 from pallas_kernels.online_softmax import LOG2E
 
 
@@ -39,11 +40,19 @@ class GradientRows(Rows):
         return generator.keep_words(a, b, generator.key_words(seed, here + k), p)
 
     def probabilities(
-        self, s: Any, top: Callable[[], Any], *, i: Any, packed: list[Any], query_words: Callable[[], Any] = lambda: None
+        self,
+        s: Any,
+        top: Callable[[], Any],
+        *,
+        i: Any,
+        packed: list[Any],
+        query_words: Callable[[], Any] = lambda: None,
+        existing: int | None = None,
     ) -> tuple[Any, ...]:
         """(p, and softcap's slope if there is one) of the products s = q @ k.T of step i.
 
         top, query_words: make the tiles of lse in base 2 and of dropout's words only where they are wanted: registers are short.
+        existing: rows from there on are no rows; None where what they give is not looked at.
         """
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, slope = recipe.shape, None
@@ -59,6 +68,9 @@ class GradientRows(Rows):
                 s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)
             elif cut:
                 s = self._masked(s, t, packed)
+        if existing is not None:
+            row = self._index(0)
+            s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)
         p = jnp.exp2(s * recipe.factor - top())
         if recipe.drops:
             p = jnp.where(self.survivors(t, query_words()), p, -p)
