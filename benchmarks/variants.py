@@ -82,10 +82,14 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
         found["dkv half p, branch"] = of(dkv=WalkConfig(half=True))
         found["dkv three stages"] = of(dkv=WalkConfig(half=True, masks_all=True, stages=3))
         wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64)
+        loose = dataclasses.replace(wide, ordered=False)
         for name, own in {
-            "fused": wide, "fused, masks all": dataclasses.replace(wide, masks_all=True),
-            "fused, three stages": dataclasses.replace(wide, stages=3), "fused, float32 p": dataclasses.replace(wide, half=False),
-        }.items():  # fmt: skip
+            "fused": wide,
+            "fused, any order": loose,
+            "fused, any order, masks all": dataclasses.replace(loose, masks_all=True),
+            "fused, any order, three stages": dataclasses.replace(loose, stages=3),
+            "fused, any order, float32 p": dataclasses.replace(loose, half=False),
+        }.items():
             found[name] = of(fused=own)
     if case.head_dim == 64:
         found["dkv 128 queries"] = of(dkv=WalkConfig(half=True, masks_all=True, block_k=128))

@@ -98,12 +98,14 @@ class ForwardConfig:
 class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
-    half: p waits in half precision for the next step (dk, dv). masks_all: every tile is masked, without a branch.
+    half: p waits in half precision for the next step (dk, dv). masks_all: every tile is masked, without a branch. ordered: the
+    fused kernel's additions to a tile of dq happen in the order of the key tiles, so that the same call gives the same bits.
     """
 
     block_k: int = 64
     half: bool = False
     masks_all: bool = False
+    ordered: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,9 @@ def backward(
 
     found: dict[str, jax.Array] = {}
     for names, own in kernels:
-        operands = hopper_operands.Operands.of(shape, own, mask, **more, transposed=names != ("query",))
+        operands = hopper_operands.Operands.of(
+            shape, own, mask, **more, transposed=names != ("query",), ordered=names == WANTS and own.ordered
+        )
         if names == ("query",):
             found["query"] = dq(shape, own, operands, interpret=interpret)(*given, *operands.arrays)
             continue

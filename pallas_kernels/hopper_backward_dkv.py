@@ -12,7 +12,8 @@ Who waits for what, per stage of the rings (a slot of one holds a tile of Q and 
 next step is begun in this one, so Q has one stage more:
 
 Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, which a TMA reduce-add puts into
-a float32 workspace; 5 products for the split pair's 7. Which program adds first is not fixed, so dq's last bits vary.
+a float32 workspace; 5 products for the split pair's 7. Key tiles add to a tile of dq in the order of their numbers
+(unless config.ordered is False: dq's last bits then vary). A program waits only for smaller numbers, which were started before it.
 
     ds_ready              between the computing warpgroups: ds of all keys lies in its buffer, one of two
     kv_ready              the program's keys and values have arrived
@@ -65,6 +66,7 @@ def dkv(
     by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
     part = (bk, E) if by_rows else (bq, E // n_wg)
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
+    ordered, q_tiles = fused and config.ordered and interpret is None, cdiv(shape.query_len, bq)
     items = visits.Items(B, H, cdiv(shape.key_len, config.rows), 1)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
@@ -78,7 +80,9 @@ def dkv(
         dq_ref = None
         if fused:  # behind the inputs, or behind the results
             dq_ref = more.pop(-len(wants) - 1) if interpret is None else more.pop()
-        refs = operands.refs(more[: -len(wants)])
+        own_refs = more[: -len(wants)]
+        refs = operands.refs(own_refs)
+        done: Any = pl.get_global(plgpu.SemaphoreType.REGULAR((B * shape.q_heads * q_tiles * n_wg,))) if ordered else None
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
         wg = lax.axis_index("wg")
         b, kv_head, from_behind = items.at(lax.axis_index("program"), 0)
@@ -124,11 +128,17 @@ def dkv(
                 )  # fmt: skip
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in found)
 
+            def done_at(r: Any, i: Any) -> Any:
+                """How many key tiles have added to this warpgroup's part of the tile of dq."""
+                return done.at[((b * shape.q_heads + head(r)) * q_tiles + rows_at(r).walk.tile(i)) * n_wg + wg]
+
             def spread(n: Any, r: Any, i: Any) -> Spread:
                 own, buffer = pl.ds(wg * bk, bk), slot(n, 2)
                 columns = pl.ds(0, E) if by_rows else pl.ds(wg * part[1], part[1])
                 first_row = rows_at(r).walk.tile(i) * bq + (wg * bk if by_rows else 0)
                 where = (b, head(r), pl.ds(first_row, part[0]), columns)
+                q_tile = rows_at(r).walk.tile(i)
+                turn: Any = operands.turn(own_refs, b, head(r), key_tile, q_tile) if ordered else None
 
                 def put(ds: Any) -> None:
                     ds_s[buffer, own] = ds
@@ -141,9 +151,12 @@ def dkv(
                     return ds.transpose((1, 0)), k_s if by_rows else k_s.at[:, columns]
 
                 def give(dq: Any) -> None:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    if not ordered:  # else waited for when it was signalled
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     dq_s[wg] = dq
                     plgpu.commit_smem()
+                    if ordered:
+                        plgpu.semaphore_wait(done_at(r, i), turn, decrement=False, memory_scope="gpu")
                     if interpret is None:
                         plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[where], reduction_op="add")
                     else:
@@ -189,6 +202,9 @@ def dkv(
                     gradient=lambda state, dp: rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA])),
                     probabilities=lambda s: probabilities(s, r_next, i_next, following, packed), spread=spread(n, r, i),
                 )  # fmt: skip
+                if ordered:  # the addition has had the time of s, dp and p to get there
+                    plgpu.wait_smem_to_gmem(0)
+                    plgpu.semaphore_signal(done_at(r, i), memory_scope="gpu")
                 return r_next, i_next, dk, dv, state, dp
 
             packed = rows_at(zero).keep_words(zero)
@@ -257,7 +273,9 @@ def dkv(
 
     rows_out = cdiv(shape.key_len, 8) * 8
     dims = {"dk": E, "dv": Ev}
-    sizes = [(B, H, rows_out, dims[name]) if shape.layout == "BHLE" else (B, rows_out, H, dims[name]) for name in wants]
+    sizes: list[tuple[int, ...]] = [
+        (B, H, rows_out, dims[name]) if shape.layout == "BHLE" else (B, rows_out, H, dims[name]) for name in wants
+    ]
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     if fused and interpret is not None:
         sizes.append((items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E))

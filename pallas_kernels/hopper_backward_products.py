@@ -1,8 +1,8 @@
 """The matrix products of the backward kernels, in the order in which they stay in flight under what is done to a tile.
 
 Both loops are pipelined over two steps, so that some product runs under each piece of elementwise work: in the dq kernel the last
-step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, and dS.T @ Q under the next step's p. The fused loop has
-its own order (`fused_step`).
+step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, dS.T @ Q under the next step's p. The fused loop
+has its own order (`fused_step`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _unset(shape: tuple[int, ...]) -> Any:
 class Spread:
     """What makes dq beside dk and dv: ds of all warpgroups meets in shared memory, and each makes a part of the tile of dq.
 
-    put(ds) stores a warpgroup's own; take() waits for the others' and answers (ds.T, keys), the operands of its part of dq; give(dq)
-    takes their product, float32.
+    put(ds) stores a warpgroup's own; take() waits for the others' and answers (ds.T, keys), the operands of its part of dq;
+    give(dq) takes their product, float32.
     """
 
     shape: tuple[int, int]  # of a warpgroup's part of dq

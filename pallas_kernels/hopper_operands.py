@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import dense, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_scores import Recipe, Refs
+from pallas_kernels.hopper_scores import Recipe, Refs, shared
 from pallas_kernels.online_softmax import LOG2E
 from pallas_kernels.visits import cdiv
 
@@ -51,9 +51,10 @@ class Operands:
     @classmethod
     def of(
         cls, shape: ForwardShape, config: WalkConfig, mask: Any, *, keep: Any = None, seeds: Any = None, scale: Any = None,
-        generator: Any = None, transposed: bool = False,
+        generator: Any = None, transposed: bool = False, ordered: bool = False,
     ) -> Operands:  # fmt: skip
-        """shape, mask, keep: as the call has them; `transposed` exchanges queries and keys. What is absent is None."""
+        """shape, mask, keep: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
+        ordered: with the turns in which row tiles come to a column tile."""
         rows, columns = shape.query_len, shape.key_len
         if transposed:
             mask = None if mask is None else mask.transposed()
@@ -70,6 +71,13 @@ class Operands:
         if has_ids:  # a tile's ids are loaded whole
             more = (cdiv(size, block) * block - size for size, block in ((rows, config.rows), (columns, config.block_k)))
             arrays = jax.tree.leaves(mask.padded(*more))
+        if ordered and mask is None and keep is None:
+            pass  # the tile's own number
+        elif ordered:
+            found = given.get("table")
+            found = visits.table(mask, config.rows, rows, columns, config.block_k) if found is None else found
+            more = visits.turns(found, cdiv(columns, config.block_k))
+            given["turns"] = jnp.broadcast_to(more, (*more.shape[:2], cdiv(rows, config.rows), more.shape[3]))
         if shape.dropout_p > 0:
             given["seeds"] = jnp.broadcast_to(seeds, (shape.batch, shape.q_heads, 2))
         if shape.scale is None:
@@ -95,6 +103,13 @@ class Operands:
         return Refs(
             masks, found.get("table"), found.get("keep"), None, None, found.get("seeds"), found.get("scale"), None, None, None
         )
+
+    def turn(self, refs: list[Any], b: Any, h: Any, row_tile: Any, column_tile: Any) -> Any:
+        """How many row tiles are to come to this column tile before this one."""
+        if "turns" not in self.names:
+            return row_tile
+        found = refs[self.names.index("turns")]
+        return found[(*shared(found, b, h), row_tile, column_tile)]
 
     def scale_of(self, shape: ForwardShape, refs: Refs, b: Any) -> Any:
         """What dq and dk are still to be multiplied by: the scale, and dropout's factor of survivors."""

@@ -14,8 +14,8 @@ from oracle import band, check, lengths, solve
 from test_hopper_forward import CASES as FORWARD
 
 from jax_sdpa import compat, dropout
-from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
-from pallas_kernels import flash_backward
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from pallas_kernels import flash_backward, visits
 from pallas_kernels.contracts import BackwardConfig, WalkConfig
 
 pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
@@ -68,12 +68,11 @@ def kernels(
 def on_kernels(problem, *, times=1, **options):
     """{'query', 'key', 'value'}; with `times`, the same call so often, and the same bits each time."""
     run, args = kernels(problem, **options)
-    run, fused = jax.jit(run), options.get("config") is not None and options["config"].fused is not None
+    run = jax.jit(run)
     found = {name: np.asarray(x) for name, x in run(*args).items()}
     for _ in range(times - 1):
         for name, x in run(*args).items():
-            if name != "query" or not fused:  # whose dq is added up in no fixed order
-                np.testing.assert_array_equal(np.asarray(x).view(np.uint16), found[name].view(np.uint16), err_msg=name)
+            np.testing.assert_array_equal(np.asarray(x).view(np.uint16), found[name].view(np.uint16), err_msg=name)
     return found
 
 
@@ -184,6 +183,49 @@ def test_the_compiled_kernels_give_the_oracles_gradients_and_the_same_bits(name)
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
     hold(problem, on_kernels(problem, **options, interpret=False, times=20))
+
+
+WALKS = {
+    "causal": lambda: (causal(), None),
+    "window": lambda: (sliding_window(70, 3, 40), None),
+    "lengths & offsets": lambda: (KeyLengths(jnp.array([180, 0])) & causal(jnp.array([100, -20])), None),
+    "segments": lambda: (SegmentIds(jnp.arange(136) // 50, jnp.arange(392) // 90), None),
+    "dense of each head": lambda: (None, jnp.asarray(rng.random((1, 2, 136, 392)) < 0.01)),
+    "dense of keys, causal": lambda: (causal(), jnp.asarray(rng.random((2, 1, 1, 392)) < 0.01)),
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_the_turns_of_key_tiles_count_the_walks_that_they_take(name):
+    """A turn that is too high would never come: the fused kernel would wait for ever."""
+    from pallas_kernels.contracts import ForwardShape
+    from pallas_kernels.hopper_operands import Operands
+
+    mask, keep = WALKS[name]()
+    mask = None if mask is None else mask.with_batch((2,))
+    shape = ForwardShape(2, 2, 2, 136, 392, 64, 64, jnp.bfloat16, "BHLE", 1.0)
+    config = WalkConfig()
+    operands = Operands.of(shape, config, mask, keep=keep, transposed=True, ordered=True)
+    given = dict(zip(operands.names, operands.arrays, strict=True))
+    found = given["turns"]
+    key_tiles, q_tiles = found.shape[2:]
+    assert (key_tiles, q_tiles) == (4, 3)
+    seen = np.zeros((2, 2, q_tiles), int)
+    for b in range(2):
+        for h in range(2):
+            for t in range(key_tiles):
+                if keep is not None:
+                    own = np.asarray(given["table"])
+                    own = own[min(b, own.shape[0] - 1), min(h, own.shape[1] - 1), min(t, own.shape[2] - 1)]
+                    tiles = own[1 : 1 + own[0]] >> 1
+                else:
+                    walk = visits.table(mask.transposed(), config.rows, 392, 136, config.block_k)
+                    first, *_, last = np.asarray(walk)[min(b, walk.shape[0] - 1), t]
+                    tiles = range(first, last)
+                for i in tiles:
+                    turn = np.asarray(found)[min(b, found.shape[0] - 1), min(h, found.shape[1] - 1), t, i]
+                    assert turn == seen[b, h, i]
+                    seen[b, h, i] += 1
 
 
 @pytest.mark.parametrize("wants", [("query",), ("key",), ("value",), ("query", "value")])
