@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: the forward, or both passes, on a GPU beside torch's backends and jax.nn's; device time; JSON.
 
-python -m benchmarks.gpu [--backward] [--only D128] [--rounds 3] [--jax-nn] [--save NAME]
+python -m benchmarks.gpu [--backward] [--only D128] [--rounds 3] [--jax-nn] [--save NAME] [--export DIR | --programs DIR]
 
 One process. --backward: forward and gradients of query, key and value together, 3.5 times the forward's FLOPs.
 
@@ -17,6 +17,8 @@ import datetime
 import functools
 import json
 import os
+import pathlib
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,11 +28,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives o
 
 import jax
 import jax.numpy as jnp
+from jax import export
+from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
 from benchmarks.cases import GPU_CASES, Case
 from benchmarks.run import RESULTS
 from jax_sdpa import explain, scaled_dot_product_attention
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from jax_sdpa.device import assume_device
 
 
 def operands(case: Case) -> tuple[list[jax.Array], Any]:
@@ -173,17 +178,41 @@ def device_time(call: Callable[[], Any]) -> float:
     return 1e-6 / n * sum(e.device_time for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def compiled(case: Case, backward: bool) -> Any:
+def program_of(case: Case, backward: bool) -> tuple[Any, list[Any]]:
+    """(our call of the flat operands, their shapes)."""
     (q, k, v), more = jax.eval_shape(lambda: operands(case))
-    if backward:
-        return jax.jit(lambda q, k, v, more, dout: both_passes(case, q, k, v, more, dout)).lower(q, k, v, more, q).compile()
-    return jax.jit(lambda q, k, v, more: ours(case, q, k, v, more)).lower(q, k, v, more).compile()
+    leaves, tree = jax.tree.flatten(((q, k, v, more, q) if backward else (q, k, v, more)))
+    run = both_passes if backward else ours
+    return lambda *flat: run(case, *jax.tree.unflatten(tree, flat)), leaves
+
+
+def compiled(case: Case, backward: bool, directory: pathlib.Path | None) -> Any:
+    """Lowered here, or as it was exported into the directory."""
+    program, leaves = program_of(case, backward)
+    if directory is not None:
+        program = export.deserialize(bytearray((directory / _file(case, backward)).read_bytes())).call
+    return jax.jit(program).lower(*leaves).compile()
+
+
+def export_all(cases: list[Case], backward: bool, directory: pathlib.Path) -> None:
+    """Lowering is Python's work, for which no GPU need wait."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        program, leaves = program_of(case, backward)
+        with assume_device("cuda:sm90"):
+            exported = export.export(jax.jit(program), platforms=["cuda"])(*leaves)
+        (directory / _file(case, backward)).write_bytes(exported.serialize())
+    print(f"{len(cases)} programs in {directory}")
+
+
+def _file(case: Case, backward: bool) -> str:
+    return re.sub(r"\W+", "_", f"{case.name} {'both' if backward else 'forward'}") + ".bin"
 
 
 def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> dict[str, Any]:
     arrays, more = operands(case)
     dout = cotangent(arrays[0]) if backward else None
-    given = (*arrays, more) if dout is None else (*arrays, more, dout)
+    given = jax.tree.leaves((*arrays, more) if dout is None else (*arrays, more, dout))
     calls: dict[str, Callable[[], Any]] = {"ours": lambda: run(*given), **peers(case, arrays, more, jax_nn, dout)}
     flops = case.flops * (3.5 if backward else 1)
     row: dict[str, Any] = {"case": case.name, "gflop": flops / 1e9}
@@ -210,24 +239,32 @@ def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--jax-nn", action="store_true", help="jax.nn's cuDNN as well")
     parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json, or to this path if it has a slash")
+    parser.add_argument(
+        "--export", type=pathlib.Path, default=None, help="no GPU needed: only lower the programs, into this directory"
+    )
+    parser.add_argument("--programs", type=pathlib.Path, default=None, help="compile what was exported there")
     args = parser.parse_args(argv)
+    chosen = [case for case in GPU_CASES if args.only in case.name]
+    if args.export is not None:
+        export_all(chosen, args.backward, args.export)
+        return 0
+
+    import torch
+
     machine = {
         "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "jax": jax.__version__,
         "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
     print(machine, "TFLOP/s of device time", flush=True)
     rows = []
-    chosen = [case for case in GPU_CASES if args.only in case.name]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = list(pool.map(functools.partial(compiled, backward=args.backward), chosen))
+        programs = list(pool.map(functools.partial(compiled, backward=args.backward, directory=args.programs), chosen))
     for case, program in zip(chosen, programs, strict=True):
         rows.append(measure(case, program, args.rounds, args.jax_nn, args.backward))
         torch.cuda.empty_cache()

@@ -28,26 +28,44 @@ from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that e
 from benchmarks.cases import GPU_CASES, Case
 from benchmarks.gpu import cotangent, device_time, operands, peers
 from jax_sdpa import dropout
-from jax_sdpa.attention.bias import causal
+from jax_sdpa.attention.bias import causal, sliding_window
 from pallas_kernels import backward_tuning, flash_attention, flash_backward
 from pallas_kernels.contracts import BackwardConfig, ForwardConfig, WalkConfig
-
-THREE = ForwardConfig(warpgroups=3, registers=(160, 32))
 
 
 def variants(case: Case) -> dict[str, ForwardConfig | None]:
     """By name; None is what `tuning` chooses."""
     found: dict[str, ForwardConfig | None] = {"tuned": None}
-    if case.extra:
-        return found
-    base = {64: THREE, 128: ForwardConfig(), 256: ForwardConfig(block_k=64)}[case.head_dim]
-    found["one"] = base
-    if case.head_dim < 256:
-        for n in (4, 8, 12, 16):
-            found[f"{n} row tiles"] = ForwardConfig(**{**vars(base), "row_tiles": n})
-    if case.head_dim == 64:
-        found["two warpgroups"] = ForwardConfig()
-        found["two warpgroups, 8 row tiles"] = ForwardConfig(row_tiles=8)
+    two, three, narrow = {"warpgroups": 2}, {"warpgroups": 3, "registers": (160, 32)}, {"block_k": 64}
+    short, causal = case.query_len <= 2048, case.causal
+
+    def add(name: str, **fields: Any) -> None:
+        found[name] = ForwardConfig(**fields)
+
+    counts = (4, 8, 16) if case.query_len <= 512 else (2, 4, 8) if short else (2,)
+    if case.extra == "" and case.query_len > 128:
+        base = {64: three, 128: two, 256: narrow}[case.head_dim]
+        for n in counts:
+            add(f"{n}", **base, row_tiles=n, queries=1 if case.head_dim == 256 else 2)
+        add("1", **base)
+        if case.head_dim == 64:
+            add("pinned 1", **three, pinned=True)
+            add("4 stages 1", **three, stages=4)
+            for n in counts:
+                add(f"pinned {n}", **three, row_tiles=n, queries=2, pinned=True)
+                add(f"4 stages {n}", **three, row_tiles=n, queries=2, stages=4)
+                add(f"two {n}", **two, row_tiles=n, queries=2)
+            add("two 4 stages 4", **two, row_tiles=4, queries=2, stages=4)
+        elif case.head_dim == 128:
+            add("queries 1, 4", **base, row_tiles=4)
+    if case.query_len == 128:
+        for n in (1, 2):
+            add(f"two {n}", **two, row_tiles=n, queries=n)
+            add(f"one {n}", warpgroups=1, row_tiles=n, queries=n)
+    if case.extra in ("dropout", "bool (B,1,L,S)", "bool (B,1,1,S)", "lengths") and case.head_dim == 64:
+        for n in (1, 4):
+            add(f"three {n}", **three, row_tiles=n, queries=2 if n > 1 else 1)
+            add(f"two {n}", **two, row_tiles=n, queries=2 if n > 1 else 1)
     return found
 
 
@@ -60,7 +78,10 @@ def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more:
         options["bias"] = more
     elif case.extra == "dropout":
         options |= {"seeds": dropout.seeds(jax.random.key(1), case.batch, case.q_heads), "dropout_p": 0.1, "generator": dropout}
-    mask = causal().with_batch((case.batch,)) if case.causal else None
+    mask = sliding_window(1023, 0) if case.extra == "window" else more if case.extra == "lengths" else None
+    if case.causal:
+        mask = causal() if mask is None else causal() & mask
+    mask = None if mask is None else mask.with_batch((case.batch,))
     return flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, config=config, **options)
 
 
@@ -129,7 +150,7 @@ def export_all(directory: pathlib.Path, only: str, backward: bool) -> None:
         index.append({"case": case.name, "variant": name, "file": path.name, "pass": "backward" if backward else "forward"})
 
     for case in GPU_CASES:
-        if only not in case.name or case.extra in ("lengths", "segments", "window"):
+        if only not in case.name or case.extra == "segments":
             continue
         if backward:
             if case.extra:
@@ -143,7 +164,12 @@ def export_all(directory: pathlib.Path, only: str, backward: bool) -> None:
             continue
         (q, k, v), more = jax.eval_shape(lambda case=case: operands(case))
         for name, config in variants(case).items():
-            add(case, name, functools.partial(call, case, config), q, k, v, more)
+            tree = jax.tree.structure(more)  # an export knows no masks: it takes their arrays
+
+            def run(q: Any, k: Any, v: Any, leaves: Any, case: Case = case, config: Any = config, tree: Any = tree) -> Any:
+                return call(case, config, q, k, v, jax.tree.unflatten(tree, leaves))
+
+            add(case, name, run, q, k, v, jax.tree.leaves(more))
     (directory / "index.json").write_text(json.dumps(index))
     print(f"{len(index)} programs in {directory}")
 
@@ -167,7 +193,7 @@ def time_all(directory: pathlib.Path, rounds: int) -> None:
             time_backward(case, {name: functools.partial(program, *given) for name, program in own}, rounds)
             continue
         arrays, more = operands(case)
-        calls = {name: functools.partial(program, *arrays, more) for name, program in own}
+        calls = {name: functools.partial(program, *arrays, jax.tree.leaves(more)) for name, program in own}
         first = next(iter(calls.values()))()[0].astype(jnp.float32)
         for name, one in calls.items():
             if not float(jnp.abs(one()[0].astype(jnp.float32) - first).max()) < 0.05:

@@ -38,8 +38,10 @@ def _clip(x: Index, S: Index) -> Index:
 
 
 def _if(condition: Any, size: Index) -> Index:
-    """size where the condition holds, else 0."""
-    return (size if condition else 0) if isinstance(condition, bool) else jnp.where(condition, size, 0)
+    """size where the condition holds, else 0; int32, as all positions in arrays, also under jax_enable_x64."""
+    if isinstance(condition, bool):
+        return size if condition else 0
+    return jnp.where(condition, np.int32(size) if isinstance(size, int) else jnp.asarray(size, jnp.int32), np.int32(0))
 
 
 def _spread(x: Any) -> Any:
@@ -118,6 +120,11 @@ class Mask:
         """The same mask for longer arrays, whose additional positions somebody else masks."""
         return self
 
+    @property
+    def is_prefix(self) -> bool:
+        """Whether every query keeps the same keys, and these are the first ones: no block but their last one is cut."""
+        return False
+
     def moved(self, by: Any) -> Mask:
         """The same mask for positions of queries and keys that both count from `by`."""
         return self
@@ -192,6 +199,10 @@ class Band(Mask):
         if not isinstance(self.offset, int):
             object.__setattr__(self, "offset", _int32(self.offset, "offset"))
 
+    @property
+    def is_prefix(self) -> bool:
+        return self.left < 0 and self.right < 0
+
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         position = q_idx + _spread(self.offset)  # bounds on the query's side: a tile's key indices may be constants
         if self.left < 0 and self.right < 0:
@@ -253,6 +264,10 @@ class KeyLengths(Mask):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 object.__setattr__(self, name, _int32(value, name))
+
+    @property
+    def is_prefix(self) -> bool:
+        return self.starts is None
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         kept = k_idx + 0 * q_idx < _spread(self.lengths)
@@ -436,6 +451,10 @@ class And(Mask):
 
     def with_batch(self, batch: BatchShape) -> And:
         return And(tuple(mask.with_batch(batch) for mask in self.masks))
+
+    @property
+    def is_prefix(self) -> bool:
+        return all(mask.is_prefix for mask in self.masks)
 
     def padded(self, more_q: Index, more_k: Index) -> And:
         return And(tuple(mask.padded(more_q, more_k) for mask in self.masks))

@@ -10,9 +10,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
+
 
 class Mask(Protocol):
     """Which keys a query may see, as integer arithmetic on positions that runs inside a kernel."""
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether every query keeps the same keys, and these are the first ones."""
+        ...
 
     def keep(self, q_idx: Any, k_idx: Any) -> Any:
         """True where query q_idx takes key k_idx; the two broadcast together."""
@@ -43,6 +50,11 @@ class Mask(Protocol):
         ...
 
 
+def has_ids(mask: Any) -> bool:
+    """Whether a mask, or None, has an id for each position: what its tiles are then is not known to a program by itself."""
+    return any(len(array.shape) == 2 for array in jax.tree.leaves(mask))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ids:
     """A tile's ids, (rows, columns), where a mask indexes an array of ids by position: that was done when they were loaded."""
@@ -61,7 +73,7 @@ class ForwardConfig:
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
     program, one after another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a
-    bias in flight. pinned: a warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early).
+    bias in flight. queries: row tiles whose queries are in memory: 2 where the next one's arrive while one is computed. pinned: a warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early).
     """
 
     block_q: int = 64
@@ -70,6 +82,7 @@ class ForwardConfig:
     warpgroups: int = 2
     registers: tuple[int, int] = (240, 24)
     row_tiles: int = 1
+    queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
 
@@ -82,6 +95,8 @@ class ForwardConfig:
             raise ValueError(f"stages must be at least 2, got {self.stages}: one tile computes while another loads.")
         if self.row_tiles < 1:
             raise ValueError(f"row_tiles must be at least 1, got {self.row_tiles}.")
+        if self.queries not in (1, 2):
+            raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
         if 128 * (self.warpgroups * self.registers[0] + self.registers[1]) > 65536:
@@ -93,16 +108,25 @@ class ForwardConfig:
         """Query rows of one program."""
         return self.block_q * self.warpgroups
 
+    def own_out(self, head_dim: int, value_head_dim: int) -> bool:
+        """Whether results leave from memory of their own: else from that of their queries, which have been read by then."""
+        return head_dim != value_head_dim or (self.row_tiles > 1 and self.queries == 1)
+
+    def out_columns(self, head_dim: int, value_head_dim: int) -> int:
+        """Columns of the results that leave at a time: memory of their own is scarce beside head dims of 256."""
+        return 128 if self.own_out(head_dim, value_head_dim) and value_head_dim % 128 == 0 else value_head_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
-    half: p waits in half precision for the next step (dk, dv). masks_all: every tile is masked, without a branch. ordered: the
-    fused kernel's additions to a tile of dq happen in the order of the key tiles, so that the same call gives the same bits.
+    ahead: tiles of Q in memory beyond those of dO (dk, dv). half: p waits in half precision for the next step there. masks_all:
+    every tile is masked, without a branch. ordered: the fused kernel's additions to a tile of dq happen in the order of the key tiles, so that the same call gives the same bits.
     """
 
     block_k: int = 64
+    ahead: int = 1
     half: bool = False
     masks_all: bool = False
     ordered: bool = True

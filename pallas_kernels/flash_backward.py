@@ -45,7 +45,10 @@ def backward(
         dout = jnp.zeros_like(dout)
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
-    config = config or backward_tuning.backward_config(head_dim=E, value_head_dim=Ev)
+    if config is None:
+        config = backward_tuning.backward_config(
+            head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None, drops=drops
+        )  # fmt: skip
     static_scale = scale if isinstance(scale, float) else None
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0

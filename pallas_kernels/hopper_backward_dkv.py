@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def dkv(
     B, H, E, Ev, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     group, drops = shape.group, shape.dropout_p > 0
-    q_stages = stages if fused else stages + 1
+    q_stages = stages if fused else stages + config.ahead
     needs_v = "dk" in wants
     by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
     part = (bk, E) if by_rows else (bq, E // n_wg)
@@ -82,7 +82,8 @@ def dkv(
             dq_ref = more.pop(-len(wants) - 1) if interpret is None else more.pop()
         own_refs = more[: -len(wants)]
         refs = operands.refs(own_refs)
-        done: Any = pl.get_global(plgpu.SemaphoreType.REGULAR((B * shape.q_heads * q_tiles * n_wg,))) if ordered else None
+        counts = plgpu.SemaphoreType.REGULAR((B * shape.q_heads * q_tiles * n_wg,))
+        done = cast(Any, pl.get_global(counts) if ordered else None)
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
         wg = lax.axis_index("wg")
         b, kv_head, from_behind = items.at(lax.axis_index("program"), 0)

@@ -31,9 +31,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
-from pallas_kernels.contracts import ForwardConfig, ForwardShape
+from pallas_kernels.contracts import ForwardConfig, ForwardShape, has_ids
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, filled, shared, walk_of
+from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, clear, filled, seen_by_any, shared, walk_of
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
 
@@ -59,27 +59,36 @@ def forward(
     bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles)
     several = config.row_tiles > 1
-    own_out = several or E != Ev  # results leave from memory of their own; else from q's, which has been read by then
+    own_out = config.own_out(E, Ev)  # results leave from memory of their own, `width` columns at a time; else from q's
+    width = config.out_columns(E, Ev)
     arrays, structure = jax.tree.flatten(mask)
-    has_ids = any(len(array.shape) == 2 for array in arrays)
+    by_ids = has_ids(mask)
+    lo, hi = (0, S) if mask is None or by_ids else mask.kv_range(0, L, L, S)
     recipe = Recipe(
-        shape, config, None if mask is None else structure, has_ids, None if bias is None else dense.kind(bias),
-        None if keep is None else dense.kind(keep), generator, Wgmma(interpret is not None),
+        shape, config, None if mask is None else structure, by_ids, is_prefix=mask is None or mask.is_prefix,
+        hides=not (isinstance(lo, int) and isinstance(hi, int) and (lo, hi) == (0, S)),
+        bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
+        generator=generator, products=Wgmma(interpret is not None),
     )  # fmt: skip
     products, bias_kind = recipe.products, recipe.bias_kind
 
-    def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
-        """The layout in shared memory that wgmma and TMA share: the widest swizzle of which `dim` is a multiple."""
+    def swizzled(dim: int, dtype: Any = dtype) -> tuple[int, int]:
+        """(swizzle in bytes, the columns that it spans): the widest of which `dim` is a multiple."""
         bits = 8 * jnp.dtype(dtype).itemsize
         swizzle = plgpu.find_swizzle(dim * bits, "attention tile")
-        return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+        return swizzle, 8 * swizzle // bits
+
+    def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
+        """The layout in shared memory that wgmma and TMA share."""
+        swizzle, columns = swizzled(dim, dtype)
+        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
     def at(ref: Any, b: Any, start: Any, length: int, h: Any) -> Any:
         """Rows [start, start + length) of one head of an operand."""
         return ref.at[b, h, pl.ds(start, length)] if shape.layout == "BHLE" else ref.at[b, pl.ds(start, length), h]
 
     def kernel(*operands: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None,
+               v_free: Any, v_came: Any = None, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None,
                bias_free: Any = None) -> None:  # fmt: skip
         given = iter(operands)
         q_ref, k_ref, v_ref = next(given), next(given), next(given)
@@ -94,6 +103,9 @@ def forward(
             bias_s=bias_s, bias_ready=bias_ready, bias_free=bias_free,
         )  # fmt: skip
         out_ref, lse_ref = given
+        rings = [(k_ready, k_free, stages), (v_ready, v_free, stages)]
+        if bias_s is not None:
+            rings.append((bias_ready, bias_free, config.bias_stages))
         program, wg = lax.axis_index("program"), lax.axis_index("wg")
         count = items.count(program)
 
@@ -106,7 +118,7 @@ def forward(
             return lax.rem(n, np.int32(of))
 
         def q_slot(n: Any) -> Any:
-            return wg + n_wg * slot(n + zero, 2) if several else wg
+            return wg + n_wg * slot(n + zero, 2) if config.queries == 2 else wg
 
         def place(n: Any) -> tuple[Any, Any, Any]:
             """(b, h, this warpgroup's first row) of item n."""
@@ -118,9 +130,12 @@ def forward(
             b, h, base = place(n)
             plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_s.at[q_slot(n)], q_ready.at[q_slot(n)])
 
-        def rows_of(n: Any) -> Rows:
-            """This warpgroup's rows of item n."""
-            return Rows.of(recipe, refs, *items.at(program, n), wg)
+        def prefetch(n: Any) -> None:
+            """Ask for the rows of item n: its memory has been read, by wgmma or by what stores results from there."""
+            if not own_out:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            pl.when(n < count)(lambda: load_q(n))
 
         def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
             """Store the results of item n."""
@@ -128,85 +143,80 @@ def forward(
             share, lse = online_softmax.finish(m, l, recipe.factor, huge=recipe.huge)
             if recipe.drops:
                 share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
-            if several:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results have left
-            out_tile = out_s.at[wg] if own_out else q_s.at[wg]
-            plgpu.commit_smem()
-            out_tile[...] = (acc * over_columns(share, acc)).astype(dtype)
-            lse_s[wg] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tile, at(out_ref, b, base, bq, h))
+            out_tile, out = out_s.at[wg] if own_out else q_s.at[q_slot(n)], at(out_ref, b, base, bq, h)
+            acc = acc * over_columns(share, acc)
+            for column in range(0, Ev, width):
+                if several or column:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
+                plgpu.commit_smem()  # all four warps have read q
+                out_tile[...] = acc[:, column : column + width].astype(dtype)
+                if column == 0:
+                    lse_s[wg] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_tile, out.at[:, pl.ds(column, width)])
 
             @pl.when(base < L)  # a contiguous copy is clipped at the end of the whole array only, not of a head's row
             def _() -> None:
                 plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
 
-        def attend(n: Any, state: Any) -> Any:
-            """All steps of item n but those that lie behind already; the state is of the last step, whose PV is still to come."""
-            done, acc, m, l, p = state
-            rows = rows_of(n)
-            m_first, l_first = rows.first()
-            q_tile = q_s.at[q_slot(n)]
+        def attend(n: Any, done: Any) -> Any:
+            """Item n, `done` tiles into the ring: the first step, each other one with the PV of the one before it, the last PV."""
+            if several and config.queries == 2:
+                prefetch(n + 1)
+            rows = Rows.of(recipe, refs, *items.at(program, n), wg)
+
+            def pass_by(i: Any, _: Any) -> None:
+                """A tile that this warpgroup's rows see nothing of; every tile is waited for, that phases may be counted."""
+                for ready, free, of in rings:
+                    now = slot(done + i, of)
+                    plgpu.barrier_wait(ready.at[now])
+                    plgpu.barrier_arrive(free.at[now])
 
             def step(i: Any, state: Any) -> Any:
                 acc, m, l, p = state
                 now, before = slot(done + i), slot(done + i - 1)
-                packed, m_now, l_now = rows.keep_words(i), m, l
-                if several:
-                    m_now, l_now = lax.cond(i == 0, lambda m, l: (m_first, l_first), lambda m, l: (m, l), m, l)
-
-                    @pl.when(i == 0)
-                    def _() -> None:
-                        plgpu.barrier_wait(q_ready.at[q_slot(n)])
-                        plgpu.commit_smem()  # all four warps have read the last item's q, and its memory is the next one's
-                        pl.when(n + 1 < count)(lambda: load_q(n + 1))
-
+                packed = rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
-                acc, (m_now, l_now, shrink, p) = products.step(
-                    q_tile, k_s.at[now], acc, p, v_s.at[before],
+                acc, (m, l, shrink, p) = products.step(
+                    q_s.at[q_slot(n)], k_s.at[now], acc, p, v_s.at[before],
                     lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
-                    functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m_now, l_now),
+                    functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l),
                     pin_s.at[wg] if config.pinned else None,
                 )  # fmt: skip
                 plgpu.barrier_arrive(v_free.at[before])
-                if not several:
-                    return acc * over_columns(shrink, acc), m_now, l_now, p
+                return acc * over_columns(shrink, acc), m, l, p
 
-                def last_item(acc: Any) -> Any:
-                    finish(n - 1, acc, m, l)
-                    return filled((bq, Ev), 0.0, TILE)
-
-                return lax.cond(i == 0, last_item, lambda acc: acc * over_columns(shrink, acc), acc), m_now, l_now, p
-
-            start = jnp.where(n == 0, np.int32(1), np.int32(0)) if several else 1
-            return done + rows.walk.steps, *loop(start, rows.walk.steps, step, (acc, m, l, p))
-
-        def compute() -> None:
-            """One computing warpgroup: the first step, then each with the last one's PV, then that of the very last."""
-            load_q(0)
-            if several:
-                pl.when(count > 1)(lambda: load_q(1))
-            rows = rows_of(0)
-            packed = rows.keep_words(0)
-            plgpu.barrier_wait(q_ready.at[q_slot(0)])
-            plgpu.barrier_wait(k_ready.at[0])
-            s = products.scores(q_s.at[q_slot(0)], k_s.at[0])
-            plgpu.barrier_arrive(k_free.at[0])
-            m, l, _, p = rows.softmax(s, *rows.first(), i=0, packed=packed, number=zero)
-            p = p.astype(dtype)
-            state = (zero, filled((bq, Ev), 0.0, TILE), m, l, p)
-            if several:
-                state = loop(0, count, attend, state)
-            elif not (isinstance(rows.walk.steps, int) and rows.walk.steps == 1):
-                state = attend(0, state)
-            else:  # no loop: an unused iota in it would keep Mosaic's layout inference searching for a minute, and fail
-                state = (zero + 1, *state[1:])
-            done, acc, m, l, p = state
+            first = rows.lead
+            if not isinstance(first, int):
+                loop(0, first, pass_by, None)
+            packed, now = rows.keep_words(first), slot(done + first)
+            plgpu.barrier_wait(q_ready.at[q_slot(n)])
+            plgpu.barrier_wait(k_ready.at[now])
+            s = products.scores(q_s.at[q_slot(n)], k_s.at[now])
+            plgpu.barrier_arrive(k_free.at[now])
+            m, l, _, p = rows.softmax(s, *rows.first(), i=first, packed=packed, number=done + first, is_first=True)
+            state = filled((bq, Ev), 0.0, TILE), m, l, p.astype(dtype)
+            if not (isinstance(rows.walk.steps, int) and rows.walk.steps == 1):
+                # else an unused iota in the loop would keep Mosaic's layout inference searching for a minute, and fail
+                state = loop(first + 1, rows.walk.steps, step, state)
+            acc, m, l, p = state
+            if several and config.queries == 1:
+                prefetch(n + 1)
+            done = done + rows.walk.steps
             end = slot(done - 1)
             plgpu.barrier_wait(v_ready.at[end])
             acc = products.add(acc, p, v_s.at[end])
             plgpu.barrier_arrive(v_free.at[end])
-            finish(count - 1 if several else 0, acc, m, l)
+            finish(n, acc, m, l)
+            return done
+
+        def compute() -> None:
+            """One computing warpgroup."""
+            load_q(0)
+            if several:
+                loop(0, count, attend, zero)
+            else:
+                attend(0, zero)
             plgpu.wait_smem_to_gmem(0)
 
         def load(n: Any, done: Any) -> Any:
@@ -214,20 +224,37 @@ def forward(
             b, h, tile = items.at(program, n)
             walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
             kv_head = lax.div(h, np.int32(shape.group))
+            seen = seen_by_any(recipe, refs, b)
 
             def step(i: Any, _: Any) -> None:
                 t, number = walk.tile(i), done + i
 
-                def bring(source: Any, target: Any, ready: Any, free: Any, of: int) -> None:
+                def room(free: Any, of: int = stages) -> Any:
                     now = slot(number, of)
                     pl.when(number >= of)(lambda: plgpu.barrier_wait(free.at[now]))
-                    plgpu.copy_gmem_to_smem(source, target.at[now], ready.at[now])
+                    return now
 
-                bring(at(k_ref, b, t * bk, bk, kv_head), k_s, k_ready, k_free, stages)
+                now = room(k_free)
+                plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
                 if bias_s is not None:
                     where = pl.ds(tile * config.rows, config.rows), pl.ds(t * bk, bk)
-                    bring(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s, bias_ready, bias_free, config.bias_stages)
-                bring(at(v_ref, b, t * bk, bk, kv_head), v_s, v_ready, v_free, stages)
+                    now = room(bias_free, config.bias_stages)
+                    plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s.at[now], bias_ready.at[now])
+                now = room(v_free)
+                values, tile_v = at(v_ref, b, t * bk, bk, kv_head), v_s.at[now]
+                if not recipe.hides:
+                    plgpu.copy_gmem_to_smem(values, tile_v, v_ready.at[now])
+                    return
+                cut = (t * bk < seen[0]) | (visits.least((t + 1) * bk, S) > seen[1])
+                pl.when(~cut)(lambda: plgpu.copy_gmem_to_smem(values, tile_v, v_ready.at[now]))
+
+                @pl.when(cut)
+                def _() -> None:
+                    plgpu.copy_gmem_to_smem(values, tile_v, v_came)
+                    plgpu.barrier_wait(v_came)
+                    clear(tile_v, t * bk, *seen, columns=swizzled(Ev)[1])
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(v_ready.at[now])
 
             loop(0, walk.steps, step, None)
             return done + walk.steps
@@ -245,16 +272,15 @@ def forward(
             done = loop(0, count, load, zero) if several else load(0, zero)
 
             # every completed phase must be waited for before the program ends
-            for free, of in ((k_free, stages), (v_free, stages), (bias_free, config.bias_stages)):
-                if free is not None:
-                    wait = lambda number, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(number, of)])  # noqa: E731
-                    loop(visits.greatest(done - of, 0), done, wait, None)
+            for _, free, of in rings:
+                wait = lambda number, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(number, of)])  # noqa: E731
+                loop(visits.greatest(done - of, 0), done, wait, None)
 
     rows_out = cdiv(L, 8) * 8
     out_shape = (B, Hq, rows_out, Ev) if shape.layout == "BHLE" else (B, rows_out, Hq, Ev)
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
-    q_slots = 2 * n_wg if several else n_wg
+    q_slots = config.queries * n_wg
     bias_transforms = transforms(math.gcd(bk, bias.shape[3]), bias.dtype) if bias is not None and bias_kind == "tile" else ()
     free = barrier(num_arrivals=n_wg, num_barriers=stages)
     call = plgpu.kernel(
@@ -268,7 +294,7 @@ def forward(
             "q_s": smem((q_slots, bq, E), dtype, transforms=transforms(E)),
             "k_s": smem((stages, bk, E), dtype, transforms=transforms(E)),
             "v_s": smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
-            **({"out_s": smem((n_wg, bq, Ev), dtype, transforms=transforms(Ev))} if own_out else {}),
+            **({"out_s": smem((n_wg, bq, width), dtype, transforms=transforms(width))} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
             **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned else {}),
             "q_ready": barrier(num_barriers=q_slots),
@@ -276,6 +302,7 @@ def forward(
             "v_ready": barrier(num_barriers=stages),
             "k_free": free,
             "v_free": free,
+            **({"v_came": barrier()} if recipe.hides else {}),
             **({
                 "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=bias_transforms),
                 "bias_ready": barrier(num_barriers=config.bias_stages),
@@ -299,9 +326,9 @@ def forward(
         if keep is not None:
             words = dense.pack(keep, config.rows, bk)
             more += [visits.listed(words, whole, config.rows, L, S, bk), words]
-        elif has_ids:
+        elif by_ids:
             more.append(visits.table(whole, config.rows, L, S, bk))
-        if has_ids:  # a tile's ids are loaded whole
+        if by_ids:  # a tile's ids are loaded whole
             mask_arrays = jax.tree.leaves(whole.padded(items.row_tiles * config.rows - L, cdiv(S, bk) * bk - S))
         if bias is not None:
             more.append(dense.lay_out(bias, config.rows, bk))

@@ -94,7 +94,10 @@ class Operands:
 
     def recipe(self, shape: ForwardShape, config: WalkConfig, products: Wgmma) -> Recipe:
         """What `hopper_scores` wants to know; shape: of this orientation."""
-        return Recipe(shape, config, self.mask, self.has_ids, None, self.keep_kind, self.generator, products)
+        return Recipe(
+            shape, config, self.mask, self.has_ids, is_prefix=False, hides=False, bias_kind=None, keep_kind=self.keep_kind,
+            generator=self.generator, products=products,
+        )  # fmt: skip
 
     def refs(self, refs: list[Any]) -> Refs:
         """The operands in a kernel's hands."""

@@ -38,12 +38,18 @@ def shared(ref: Any, *index: Any) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A call's static facts. mask: its tree, None without one; the kinds are `dense.kind`'s, None without bias or keep."""
+    """A call's static facts. mask: its tree, None without one; the kinds are `dense.kind`'s, None without bias or keep.
+
+    is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`); hides: some keys, by numbers, from
+    every query.
+    """
 
     shape: ForwardShape
     config: ForwardConfig
     mask: Any
     has_ids: bool
+    is_prefix: bool
+    hides: bool
     bias_kind: str | None
     keep_kind: str | None
     generator: Any
@@ -61,6 +67,22 @@ class Recipe:
     @property
     def ragged(self) -> bool:
         return self.shape.key_len % self.config.block_k != 0
+
+    @property
+    def cuts_first_only(self) -> bool:
+        """Whether no tile but the first of a walk needs the mask."""
+        return self.is_prefix and self.keep_kind is None
+
+    @property
+    def leads(self) -> bool:
+        """Whether the first tiles of a walk may hold nothing for one of its warpgroups: a slope's last keys are the last row's."""
+        config = self.config
+        return self.mask is not None and not (self.is_prefix or self.listed) and config.rows - config.block_q >= config.block_k
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some warpgroups have no rows: the last ones of a head's last row tile."""
+        return visits.cdiv(self.shape.query_len, self.config.block_q) % self.config.warpgroups != 0
 
     @property
     def huge(self) -> bool:
@@ -111,9 +133,33 @@ def walk_of(recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, q_lo: Any, ro
     return visits.ranges(mask_of(recipe, refs, b), q_lo, rows, shape.query_len, shape.key_len, recipe.config.block_k)
 
 
+def seen_by_any(recipe: Recipe, refs: Refs, b: Any) -> tuple[Any, Any]:
+    """[lo, hi): the keys outside of it are hidden from every query."""
+    if not recipe.hides:
+        return 0, recipe.shape.key_len
+    L, S = recipe.shape.query_len, recipe.shape.key_len
+    return mask_of(recipe, refs, b).kv_range(0, L, L, S)
+
+
+def clear(values: Any, start: Any, lo: Any, hi: Any, columns: int) -> None:
+    """Zeros for the keys outside of [lo, hi) in a tile of values (keys, Ev) whose first one is key `start`: 0 * NaN would be NaN.
+
+    columns: how many at a time, a stretch that lies together in shared memory; 64 rows of them are what few registers hold.
+    """
+    for row in range(0, values.shape[0], 64):
+        at = start + row
+        for column in range(0, values.shape[1], columns):
+            piece = values.at[pl.ds(row, 64), pl.ds(column, columns)]
+            key = plgpu.broadcasted_iota(jnp.int32, (64, columns), 0, layout=TILE)
+            kept = plgpu.layout_cast((key >= lo - at) & (key < hi - at), TILE)
+            found = plgpu.load(piece, layout=TILE)  # pyright: ignore[reportCallIssue]
+            piece[...] = jnp.where(kept, found, jnp.zeros_like(found))
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """block_q query rows of one head from `base` on, and their walk; words: of dropout, (block_q,) each."""
+    """block_q query rows of one head from `base` on, and their walk, whose first `lead` tiles they see nothing of (one step is left
+    to each); words: of dropout, (block_q,) each."""
 
     recipe: Recipe
     refs: Refs
@@ -122,18 +168,23 @@ class Rows:
     base: Any
     wg: Any
     walk: Any
+    lead: Any
     words: Any
 
     @classmethod
     def placed(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Self:
         """The rows without dropout's words."""
-        config = recipe.config
+        config, lead = recipe.config, 0
         base = tile * config.rows + wg * config.block_q
         walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
         if not recipe.listed:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
             own = walk_of(recipe, refs, b, h, tile, base, config.block_q)
+            if recipe.leads:
+                lead = visits.greatest(visits.least(walk.last - own.last, walk.steps - 1), 0)
             walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
-        return cls(recipe, refs, b, h, base, wg, walk, None)
+        if recipe.leaves_out and not (isinstance(walk.steps, int) and walk.steps == 1):
+            lead = jnp.where(base < recipe.shape.query_len, np.int32(lead) if isinstance(lead, int) else lead, walk.steps - 1)
+        return cls(recipe, refs, b, h, base, wg, walk, lead, None)
 
     @classmethod
     def of(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Self:
@@ -227,7 +278,7 @@ class Rows:
             kept = kept & (k < recipe.shape.key_len - here)
         return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
 
-    def softmax(self, s: Any, m: Any, l: Any, *, i: Any, packed: list[Any], number: Any) -> tuple[Any, ...]:
+    def softmax(self, s: Any, m: Any, l: Any, *, i: Any, packed: list[Any], number: Any, is_first: bool = False) -> tuple[Any, ...]:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
@@ -238,7 +289,7 @@ class Rows:
             s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
-        if recipe.mask is not None or packed or recipe.ragged:
+        if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
             cut = True if recipe.drops else self.walk.partial(i)  # beside the words of dropout a branch spills
             if not isinstance(cut, bool):
                 s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)

@@ -33,7 +33,8 @@ def forward_config(
         config = ForwardConfig()
     else:
         config = ForwardConfig(block_k=64)
-    config = dataclasses.replace(config, row_tiles=_row_tiles(config, heads, query_len, key_len, sloped))
+    row_tiles = _row_tiles(config, heads, query_len, key_len, sloped)
+    config = dataclasses.replace(config, row_tiles=row_tiles, queries=2 if row_tiles > 1 else 1)
     for less in LESS:
         if shared_bytes(config, head_dim, value_head_dim, bias_bytes) <= SHARED_MEMORY:
             break
@@ -45,6 +46,7 @@ SHARED_MEMORY = 232448 - 2048
 """Bytes of a program: 227 KB (CUDA C++ programming guide, compute capability 9.0) less barriers, lse and alignment."""
 
 LESS: tuple[dict[str, Any], ...] = (
+    {"queries": 1},
     {"row_tiles": 1},
     {"bias_stages": 1},
     {"block_k": 64},
@@ -57,9 +59,8 @@ are faster than 64 keys with two (402 to 372 TFLOP/s)."""
 def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias_bytes: int) -> int:
     """Of a program's queries, keys, values, results and bias tiles; head dims as the kernel pads them."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
-    several = config.row_tiles > 1
-    queries = config.rows * E * (2 if several else 1)
-    results = config.rows * Ev if several or E != Ev else 0
+    queries = config.rows * E * config.queries
+    results = config.rows * config.out_columns(E, Ev) if config.own_out(E, Ev) else 0
     keys = config.stages * config.block_k * (E + Ev)
     return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
 

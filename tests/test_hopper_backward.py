@@ -228,6 +228,28 @@ def test_the_turns_of_key_tiles_count_the_walks_that_they_take(name):
                     seen[b, h, i] += 1
 
 
+def test_every_configuration_fits_the_shared_memory():
+    """All head dims, with dropout and without; what a kernel needs beside this count is small, and its lowering refuses more."""
+    from pallas_kernels import backward_tuning
+    from pallas_kernels.tuning import SHARED_MEMORY
+
+    for E in range(8, 257, 8):
+        for Ev in range(8, 257, 8):
+            for masked, drops, bias_bytes in [(False, False, 0), (True, True, 0), (True, True, 2), (False, False, 4)]:
+                facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops, "bias_bytes": bias_bytes}
+                config = backward_tuning.backward_config(**facts, masked=masked)
+                for kernel in ("dq", "dkv", "dk", "dv"):
+                    own = getattr(config, kernel)
+                    assert own is None or backward_tuning.shared_bytes(kernel, own, **facts) <= SHARED_MEMORY, (kernel, E, Ev)
+
+
+@pytest.mark.parametrize(("E", "Ev"), [(256, 256), (256, 240), (192, 192), (192, 128), (128, 128), (64, 64), (16, 256)])
+def test_the_widest_calls_lower(E, Ev):
+    problem = make(128, 128, B=1, Hq=1, E=E, Ev=Ev).rounded(jnp.bfloat16)
+    run, args = kernels(problem, mask=causal(), key=jax.random.key(0), p=0.1, interpret=False)
+    assert jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") >= 2
+
+
 @pytest.mark.parametrize("wants", [("query",), ("key",), ("value",), ("query", "value")])
 def test_what_nobody_asks_for_is_not_made(wants):
     problem = make(72, 136, B=1, Hq=1, E=64).rounded(jnp.bfloat16)

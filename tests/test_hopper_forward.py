@@ -17,8 +17,8 @@ from pallas_kernels.contracts import ForwardConfig, ForwardShape
 pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 
 NARROW = ForwardConfig(block_k=64)
-PINNED = ForwardConfig(row_tiles=3, pinned=True)
-SEVERAL = ForwardConfig(row_tiles=2)
+PINNED = ForwardConfig(row_tiles=3, queries=2, pinned=True)
+SEVERAL = ForwardConfig(row_tiles=2, queries=2)
 MORE = ForwardConfig(row_tiles=3)
 THREE = ForwardConfig(warpgroups=3, registers=(160, 32))
 

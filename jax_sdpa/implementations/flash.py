@@ -18,6 +18,7 @@ from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_siz
 from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
 from pallas_kernels import dense, flash_attention, flash_backward
+from pallas_kernels.contracts import has_ids
 
 DTYPES = ("float16", "bfloat16")
 ARCHITECTURE = (9, 0)  # Hopper: wgmma and TMA
@@ -74,16 +75,17 @@ class Flash(Implementation):
             )
         if names:
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
-        if _may_hide(request):
-            notes.append(
-                "The values, and for gradients the keys, are copied: zeros in place of those that the mask hides from every query."
-            )
+        if has_ids(request.mask):
+            notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
+        if not reasons and (_may_hide(request) or _may_be_empty(request)):
+            notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
         return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
+        value = scores.seen_only(request, request.value) if has_ids(request.mask) else request.value  # else the kernel does it
         return flash_attention.forward(
-            request.query, request.key, scores.seen_only(request, request.value), layout=spec.layout,
+            request.query, request.key, value, layout=spec.layout,
             scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
             mask=request.mask if request.masks else None, bias=request.bias, keep=request.keep_mask, sinks=request.sinks,
             seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, interpret=self.interpret,
@@ -126,6 +128,12 @@ def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
     return reasons
 
 
+def _may_hide(request: SdpaRequest) -> bool:
+    """Whether `scores.seen_only` copies: asked of the mask with shapes in place of its arrays."""
+    mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), request.mask)
+    return jax.eval_shape(lambda mask: mask.key_valid(request.query_len, request.key_len), mask) is not None
+
+
 def _may_be_empty(request: SdpaRequest) -> bool:
     """Whether the masks may leave a query without keys, as far as that is known without their arrays. A static mask is bands and
     intervals, whose rows are shortest at the ends."""
@@ -134,12 +142,6 @@ def _may_be_empty(request: SdpaRequest) -> bool:
     L, S = request.query_len, request.key_len
     ranges = (request.mask.kv_range(q, q + 1, L, S) for q in (0, L - 1))
     return any(lo >= hi for lo, hi in ranges)
-
-
-def _may_hide(request: SdpaRequest) -> bool:
-    """Whether `scores.seen_only` copies: asked of the mask with shapes in place of its arrays."""
-    mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), request.mask)
-    return jax.eval_shape(lambda mask: mask.key_valid(request.query_len, request.key_len), mask) is not None
 
 
 _XLA = Efficient(on_cpu=False)
