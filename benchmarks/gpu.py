@@ -1,6 +1,8 @@
-"""`python -m benchmarks.gpu`: the forward on a GPU beside torch's backends and jax.nn's, in one process; device time; JSON.
+"""`python -m benchmarks.gpu`: the forward, or both passes, on a GPU beside torch's backends and jax.nn's; device time; JSON.
 
-python -m benchmarks.gpu [--only D128] [--rounds 3] [--jax-nn] [--save NAME]
+python -m benchmarks.gpu [--backward] [--only D128] [--rounds 3] [--jax-nn] [--save NAME] [--export DIR | --programs DIR]
+
+One process. --backward: forward and gradients of query, key and value together, 3.5 times the forward's FLOPs.
 
 Each call runs a few times under CUPTI (torch's profiler sees JAX's kernels too) and what its kernels take on the device is added
 up: launch gaps and the host do not count. Calls take turns in `rounds`; a figure is their median. Errors come first:
@@ -12,8 +14,11 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import json
 import os
+import pathlib
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,11 +28,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives o
 
 import jax
 import jax.numpy as jnp
+from jax import export
+from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
 from benchmarks.cases import GPU_CASES, Case
 from benchmarks.run import RESULTS
 from jax_sdpa import explain, scaled_dot_product_attention
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from jax_sdpa.device import assume_device
 
 
 def operands(case: Case) -> tuple[list[jax.Array], Any]:
@@ -59,12 +67,32 @@ def ours(case: Case, q: Any, k: Any, v: Any, more: Any) -> jax.Array:
     return scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **drop)
 
 
-def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool) -> dict[str, Callable[[], Any]]:
+def both_passes(case: Case, q: Any, k: Any, v: Any, more: Any, dout: Any) -> tuple[jax.Array, ...]:
+    """(out, dq, dk, dv)."""
+    out, pullback = jax.vjp(lambda q, k, v: ours(case, q, k, v, more), q, k, v)
+    return out, *pullback(dout)
+
+
+def cotangent(query: jax.Array) -> jax.Array:
+    """Of the output; head dims are the same here."""
+    return jax.random.normal(jax.random.key(9), query.shape, query.dtype)
+
+
+def _with_gradients(call: Callable[[], Any], operands: tuple[Any, ...], dout: Any) -> tuple[Any, ...]:
+    """What `both_passes` gives, by torch."""
+    import torch
+
+    out = call()
+    return out, *torch.autograd.grad(out, operands, dout)
+
+
+def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool, dout: Any = None) -> dict[str, Callable[[], Any]]:
     """Those that can say the same, by name: torch's backends (EFFICIENT where no other can), and jax.nn's cuDNN if asked for."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = (torch.from_dlpack(x) for x in arrays)
+    q, k, v = (torch.from_dlpack(x).requires_grad_(dout is not None) for x in arrays)
+    cotangent = None if dout is None else torch.from_dlpack(dout)
     mask = None
     if isinstance(more, jax.Array):
         mask = torch.from_dlpack(more)
@@ -90,35 +118,41 @@ def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool) -> dict[
             call()
         except RuntimeError:  # torch's answer where the backend cannot
             continue
+        if dout is not None:
+            call = functools.partial(_with_gradients, call, (q, k, v), cotangent)
         found["torch " + backend.name.removesuffix("_ATTENTION")] = call
-    if jax_nn and more is None and not case.extra:
+    if jax_nn and dout is None and more is None and not case.extra:
         swapped = [jnp.swapaxes(x, 1, 2) for x in arrays]
         run = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, implementation="cudnn"))
         found["jax.nn cuDNN"] = lambda: run(*swapped)
     return found
 
 
-def exact(case: Case, arrays: list[jax.Array], more: Any) -> Any:
-    """torch's EFFICIENT in float32, one batch entry; None where it cannot say it."""
+def exact(case: Case, arrays: list[jax.Array], more: Any, dout: Any = None) -> Any:
+    """torch's EFFICIENT in float32, one batch entry, [out], with a cotangent [out, dq, dk, dv]; None where it cannot say it."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if case.extra in ("segments", "window", "lengths", "dropout"):
         return None
-    q, k, v = (torch.from_dlpack(x)[:1].float() for x in arrays)
+    leaves = tuple(torch.from_dlpack(x)[:1].float().requires_grad_(dout is not None) for x in arrays)
+    q, k, v = leaves
     k, v = (x.repeat_interleave(case.q_heads // case.kv_heads, 1) for x in (k, v))
     mask = None if more is None else torch.from_dlpack(more)[:1]
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask.float()).expand(1, case.q_heads, case.query_len, case.key_len)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=case.causal)
+        call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=case.causal)  # noqa: E731
+        return [call()] if dout is None else _with_gradients(call, leaves, torch.from_dlpack(dout)[:1].float())
 
 
-def _error(out: Any, reference: Any) -> float:
+def _error(results: Any, references: Any) -> float:
+    """The largest of the results' errors."""
     import torch
 
-    out = out if isinstance(out, torch.Tensor) else torch.from_dlpack(out)
-    return float((out[:1].float() - reference).norm() / reference.norm())
+    results = results if isinstance(results, (tuple, list)) else [results]
+    results = [x if isinstance(x, torch.Tensor) else torch.from_dlpack(x) for x in results]
+    return max(float((x[:1].float() - exact).norm() / exact.norm()) for x, exact in zip(results, references, strict=True))
 
 
 def device_time(call: Callable[[], Any]) -> float:
@@ -144,17 +178,46 @@ def device_time(call: Callable[[], Any]) -> float:
     return 1e-6 / n * sum(e.device_time for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def compiled(case: Case) -> Any:
+def program_of(case: Case, backward: bool) -> tuple[Any, list[Any]]:
+    """(our call of the flat operands, their shapes)."""
     (q, k, v), more = jax.eval_shape(lambda: operands(case))
-    return jax.jit(lambda q, k, v, more: ours(case, q, k, v, more)).lower(q, k, v, more).compile()
+    leaves, tree = jax.tree.flatten((q, k, v, more, q) if backward else (q, k, v, more))
+    run = both_passes if backward else ours
+    return lambda *flat: run(case, *jax.tree.unflatten(tree, flat)), leaves
 
 
-def measure(case: Case, run: Any, rounds: int, jax_nn: bool) -> dict[str, Any]:
+def compiled(case: Case, backward: bool, directory: pathlib.Path | None) -> Any:
+    """Lowered here, or as it was exported into the directory."""
+    program, leaves = program_of(case, backward)
+    if directory is not None:
+        program = export.deserialize(bytearray((directory / _file(case, backward)).read_bytes())).call
+    return jax.jit(program).lower(*leaves).compile()
+
+
+def export_all(cases: list[Case], backward: bool, directory: pathlib.Path) -> None:
+    """Lowering is Python's work, for which no GPU need wait."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        program, leaves = program_of(case, backward)
+        with assume_device("cuda:sm90"):
+            exported = export.export(jax.jit(program), platforms=["cuda"])(*leaves)
+        (directory / _file(case, backward)).write_bytes(exported.serialize())
+    print(f"{len(cases)} programs in {directory}")
+
+
+def _file(case: Case, backward: bool) -> str:
+    return re.sub(r"\W+", "_", f"{case.name} {'both' if backward else 'forward'}") + ".bin"
+
+
+def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> dict[str, Any]:
     arrays, more = operands(case)
-    calls: dict[str, Callable[[], Any]] = {"ours": lambda: run(*arrays, more), **peers(case, arrays, more, jax_nn)}
-    row: dict[str, Any] = {"case": case.name, "gflop": case.flops / 1e9}
+    dout = cotangent(arrays[0]) if backward else None
+    given = jax.tree.leaves((*arrays, more) if dout is None else (*arrays, more, dout))
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: run(*given), **peers(case, arrays, more, jax_nn, dout)}
+    flops = case.flops * (3.5 if backward else 1)
+    row: dict[str, Any] = {"case": case.name, "gflop": flops / 1e9}
     row["backend"] = str(explain(*arrays, more, enable_gqa=True).backend.name)  # type: ignore[union-attr]
-    if (reference := exact(case, arrays, more)) is not None:
+    if (reference := exact(case, arrays, more, dout)) is not None:
         row["errors"] = {name: _error(calls[name](), reference) for name in ("ours", "torch CUDNN") if name in calls}
         if row["errors"]["ours"] > 2 * row["errors"].get("torch CUDNN", 5e-3):
             raise SystemExit(f"{case.name}: our error is {row['errors']}; nothing is timed that is not right.")
@@ -165,7 +228,7 @@ def measure(case: Case, run: Any, rounds: int, jax_nn: bool) -> dict[str, Any]:
             times[name].append(device_time(call))
     row["microseconds"] = {name: 1e6 * statistics.median(own) for name, own in times.items()}
     row["spread"] = {name: max(own) / min(own) - 1 for name, own in times.items()}
-    row["tflops"] = {name: case.flops / us / 1e6 for name, us in row["microseconds"].items()}
+    row["tflops"] = {name: flops / us / 1e6 for name, us in row["microseconds"].items()}
     print(
         f"{case.name:36s}"
         + "  ".join(f"{name} {x:.0f}" for name, x in row["tflops"].items())
@@ -176,25 +239,34 @@ def measure(case: Case, run: Any, rounds: int, jax_nn: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--jax-nn", action="store_true", help="jax.nn's cuDNN as well")
     parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json, or to this path if it has a slash")
+    parser.add_argument(
+        "--export", type=pathlib.Path, default=None, help="no GPU needed: only lower the programs, into this directory"
+    )
+    parser.add_argument("--programs", type=pathlib.Path, default=None, help="compile what was exported there")
     args = parser.parse_args(argv)
+    chosen = [case for case in GPU_CASES if args.only in case.name]
+    if args.export is not None:
+        export_all(chosen, args.backward, args.export)
+        return 0
+
+    import torch
+
     machine = {
         "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "jax": jax.__version__,
         "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
     print(machine, "TFLOP/s of device time", flush=True)
     rows = []
-    chosen = [case for case in GPU_CASES if args.only in case.name]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = list(pool.map(compiled, chosen))
+        programs = list(pool.map(functools.partial(compiled, backward=args.backward, directory=args.programs), chosen))
     for case, program in zip(chosen, programs, strict=True):
-        rows.append(measure(case, program, args.rounds, args.jax_nn))
+        rows.append(measure(case, program, args.rounds, args.jax_nn, args.backward))
         torch.cuda.empty_cache()
         if args.save:  # after each row: what was measured stays when time runs out
             path = args.save if "/" in args.save else RESULTS / f"{args.save}.json"

@@ -1,7 +1,9 @@
-"""Forward configurations beside one another: lowered where there is time, timed where there is a GPU.
+"""Configurations of one pass beside one another: lowered where there is time, timed where there is a GPU.
 
-python -m benchmarks.variants export DIR [--only D128]     # no GPU needed: jax.export of every variant, half a second each
-python -m benchmarks.variants time DIR [--rounds 2]        # compiles what was exported, in threads; times it beside cuDNN
+python -m benchmarks.variants export DIR [--only D128] [--backward]   # no GPU needed: jax.export of each, half a second
+python -m benchmarks.variants time DIR [--rounds 2]                   # compiles what was exported, in threads; times it
+
+--backward: the kernels of the backward alone, 2.5 times the forward's FLOPs, without a peer (torch's autograd has both passes).
 
 Lowering is Python's work, one variant after another, and a GPU is too dear to wait for it. What is varied is written in `variants`.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import pathlib
@@ -23,11 +26,11 @@ from jax import export
 from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
 from benchmarks.cases import GPU_CASES, Case
-from benchmarks.gpu import device_time, operands, peers
+from benchmarks.gpu import cotangent, device_time, operands, peers
 from jax_sdpa import dropout
 from jax_sdpa.attention.bias import causal, sliding_window
-from pallas_kernels import flash_attention, tuning
-from pallas_kernels.contracts import ForwardConfig
+from pallas_kernels import backward_tuning, flash_attention, flash_backward, tuning
+from pallas_kernels.contracts import BackwardConfig, ForwardConfig, WalkConfig
 from pallas_kernels.visits import cdiv
 
 
@@ -67,11 +70,82 @@ def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more:
     return flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, config=config, **options)
 
 
-def export_all(directory: pathlib.Path, only: str) -> None:
+def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
+    """By name; None is what `tuning` chooses."""
+    found: dict[str, BackwardConfig | None] = {"tuned": None}
+    if case.extra:
+        return found
+    base = backward_tuning.backward_config(head_dim=case.head_dim, value_head_dim=case.head_dim)
+
+    def of(**own: WalkConfig) -> BackwardConfig:
+        return dataclasses.replace(base, **own)
+
+    if case.head_dim <= 128:
+        found["dq 128 keys"] = of(dq=WalkConfig(block_k=128))
+        found["dq three stages"] = of(dq=WalkConfig(stages=3))
+        found["dkv float32 p"] = of(dkv=WalkConfig(masks_all=True))
+        found["dkv float32 p, branch"] = of(dkv=WalkConfig())
+        found["dkv half p, branch"] = of(dkv=WalkConfig(half=True))
+        found["dkv three stages"] = of(dkv=WalkConfig(half=True, masks_all=True, stages=3))
+        wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64)
+        loose = dataclasses.replace(wide, ordered=False)
+        for name, own in {
+            "fused": wide,
+            "fused, any order": loose,
+            "fused, any order, masks all": dataclasses.replace(loose, masks_all=True),
+            "fused, any order, three stages": dataclasses.replace(loose, stages=3),
+            "fused, any order, float32 p": dataclasses.replace(loose, half=False),
+        }.items():
+            found[name] = of(fused=own)
+    if case.head_dim == 64:
+        found["dkv 128 queries"] = of(dkv=WalkConfig(half=True, masks_all=True, block_k=128))
+        found["dq three warpgroups"] = of(dq=WalkConfig(warpgroups=3, registers=(160, 32)))
+        found["dkv three warpgroups"] = of(dkv=WalkConfig(half=True, masks_all=True, warpgroups=3, registers=(160, 32)))
+    return found
+
+
+PARTS = {"all": ("query", "key", "value"), "dq": ("query",), "dk, dv": ("key", "value")}
+
+
+def backward_call(
+    case: Case, config: BackwardConfig | None, wants: tuple[str, ...], q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any
+) -> Any:
+    mask = causal().with_batch((case.batch,)) if case.causal else None
+    found = flash_backward.backward(
+        q, k, v, dout, lse, delta, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, wants=wants, config=config
+    )
+    return [found[name] for name in wants]
+
+
+def backward_operands(case: Case) -> list[Any]:
+    (q, k, v), _ = operands(case)
+    dout = cotangent(q)
+    mask = causal().with_batch((case.batch,)) if case.causal else None
+    out, lse = flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask)
+    return [q, k, v, dout, lse, flash_backward.row_deltas(out, dout, None, 1)]
+
+
+def export_all(directory: pathlib.Path, only: str, backward: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    index = []
+    index: list[dict[str, str]] = []
+
+    def add(case: Case, name: str, program: Any, *given: Any) -> None:
+        path = directory / f"{len(index)}.bin"
+        path.write_bytes(export.export(jax.jit(program), platforms=["cuda"])(*given).serialize())
+        index.append({"case": case.name, "variant": name, "file": path.name, "pass": "backward" if backward else "forward"})
+
     for case in GPU_CASES:
         if only not in case.name or case.extra == "segments":
+            continue
+        if backward:
+            if case.extra:
+                continue
+            (q, k, v), _ = jax.eval_shape(lambda case=case: operands(case))
+            row = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+            for name, config in backward_variants(case).items():
+                for part, wants in PARTS.items():
+                    if part == "all" or part.split(",")[0] in name or name == "tuned":
+                        add(case, f"{name}: {part}", functools.partial(backward_call, case, config, wants), q, k, v, q, row, row)
             continue
         (q, k, v), more = jax.eval_shape(lambda case=case: operands(case))
         for name, config in variants(case).items():
@@ -80,9 +154,7 @@ def export_all(directory: pathlib.Path, only: str) -> None:
             def run(q: Any, k: Any, v: Any, leaves: Any, case: Case = case, config: Any = config, tree: Any = tree) -> Any:
                 return call(case, config, q, k, v, jax.tree.unflatten(tree, leaves))
 
-            path = directory / f"{len(index)}.bin"
-            path.write_bytes(export.export(jax.jit(run), platforms=["cuda"])(q, k, v, jax.tree.leaves(more)).serialize())
-            index.append({"case": case.name, "variant": name, "file": path.name})
+            add(case, name, run, q, k, v, jax.tree.leaves(more))
     (directory / "index.json").write_text(json.dumps(index))
     print(f"{len(index)} programs in {directory}")
 
@@ -101,6 +173,10 @@ def time_all(directory: pathlib.Path, rounds: int) -> None:
         own = [(entry["variant"], program) for entry, program in zip(index, programs, strict=True) if entry["case"] == case.name]
         if not own:
             continue
+        if index[0]["pass"] == "backward":
+            given = jax.jit(functools.partial(backward_operands, case))()
+            time_backward(case, {name: functools.partial(program, *given) for name, program in own}, rounds)
+            continue
         arrays, more = operands(case)
         calls = {name: functools.partial(program, *arrays, jax.tree.leaves(more)) for name, program in own}
         first = next(iter(calls.values()))()[0].astype(jnp.float32)
@@ -116,15 +192,35 @@ def time_all(directory: pathlib.Path, rounds: int) -> None:
         print(f"{case.name:36s}{'  '.join(figures)}", flush=True)
 
 
+def time_backward(case: Case, calls: dict[str, Any], rounds: int) -> None:
+    """Of all three gradients FLOPs count 2.5 times the forward's; a part's figure is its time."""
+    first = dict(zip(PARTS["all"], calls["tuned: all"](), strict=True))
+    for name, one in calls.items():
+        for which, x in zip(PARTS[name.split(": ")[1]], one(), strict=True):
+            size = float(jnp.abs(first[which].astype(jnp.float32)).max())
+            if not float(jnp.abs(x.astype(jnp.float32) - first[which].astype(jnp.float32)).max()) < 0.02 * size:
+                raise SystemExit(f"{case.name}, {name}: not the numbers of the first variant.")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, one in calls.items():
+            times[name].append(device_time(one))
+    print(case.name)
+    for name, each in times.items():
+        seconds = statistics.median(each)
+        speed = f"  {2.5 * case.flops / seconds / 1e12:.0f} TFLOP/s" if name.endswith(": all") else ""
+        print(f"    {name:36s}{1e6 * seconds:9.1f} us{speed}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("export", "time"))
     parser.add_argument("directory", type=pathlib.Path)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--backward", action="store_true", help="export configurations of the backward")
     args = parser.parse_args(argv)
     if args.what == "export":
-        export_all(args.directory, args.only)
+        export_all(args.directory, args.only, args.backward)
     else:
         time_all(args.directory, args.rounds)
     return 0

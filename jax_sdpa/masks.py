@@ -38,8 +38,10 @@ def _clip(x: Index, S: Index) -> Index:
 
 
 def _if(condition: Any, size: Index) -> Index:
-    """size where the condition holds, else 0."""
-    return (size if condition else 0) if isinstance(condition, bool) else jnp.where(condition, size, 0)
+    """size where the condition holds, else 0; int32, as all positions in arrays, also under jax_enable_x64."""
+    if isinstance(condition, bool):
+        return size if condition else 0
+    return jnp.where(condition, np.int32(size) if isinstance(size, int) else jnp.asarray(size, jnp.int32), np.int32(0))
 
 
 def _spread(x: Any) -> Any:
@@ -126,6 +128,11 @@ class Mask:
     def moved(self, by: Any) -> Mask:
         """The same mask for positions of queries and keys that both count from `by`."""
         return self
+
+    def transposed(self) -> Mask:
+        """The mask with queries and keys exchanged, `transposed().keep(k, q) == keep(q, k)`: its ranges of keys say which queries
+        see a block of keys."""
+        raise NotImplementedError
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         """The mask of one tile in a kernel: each array with a number per batch entry replaced by `number(array)`, ids of
@@ -216,6 +223,9 @@ class Band(Mask):
         hi = S if self.right < 0 else _clip(q_lo + self.offset + self.right + 1, S)
         return lo, _maximum(lo, hi)
 
+    def transposed(self) -> Band:
+        return Band(self.right, self.left, -self.offset)
+
 
 def causal(offset: Any = 0) -> Band:
     """Query q sees the keys up to and with `q + offset`: `keep = k <= q + offset`. An int, or an array with the batch dims.
@@ -272,35 +282,45 @@ class KeyLengths(Mask):
 
     full_range = kv_range
 
+    def transposed(self) -> QueryLengths:
+        return QueryLengths(self.lengths, self.starts)
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryLengths(Mask):
-    """Only the queries `q < lengths[b]` exist; the rows behind them attend to nothing, so they give 0.
+    """Only the queries `starts[b] <= q < lengths[b]` exist; the rows behind (and before) them attend to nothing, so they give 0.
 
     Args:
         lengths: integer array with the call's batch dims, `(B,)`, or an int for all.
+        starts: the same, default 0: the number of rows of left padding.
 
     >>> QueryLengths(jnp.array(1)).materialise(2, 3).astype(int).tolist()
     [[1, 1, 1], [0, 0, 0]]
     """
 
     lengths: Any
-    arrays = ("lengths:0",)
+    starts: Any = None
+    arrays = ("lengths:0", "starts:0")
 
     __post_init__ = KeyLengths.__post_init__
-    starts = None
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
-        return q_idx + 0 * k_idx < _spread(self.lengths)
+        kept = q_idx + 0 * k_idx < _spread(self.lengths)
+        return kept if self.starts is None else kept & (q_idx >= _spread(self.starts))
 
     def moved(self, by: Any) -> Mask:
-        return _Between(None, self.lengths - by, of_queries=1)
+        return _Between(None if self.starts is None else self.starts - by, self.lengths - by, of_queries=1)
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return 0, _if(q_lo < self.lengths, S)
+        some = q_lo < self.lengths
+        return 0, _if(some if self.starts is None else some & (q_hi > self.starts), S)
 
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return 0, _if(q_hi <= self.lengths, S)
+        every = q_hi <= self.lengths
+        return 0, _if(every if self.starts is None else every & (q_lo >= self.starts), S)
+
+    def transposed(self) -> KeyLengths:
+        return KeyLengths(self.lengths, self.starts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,6 +379,9 @@ class SegmentIds(Mask):
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         return jax.tree.unflatten(jax.tree.structure(self), [by_query(self.query), by_key(self.key)])
+
+    def transposed(self) -> SegmentIds:
+        return SegmentIds(self.key, self.query)
 
     @staticmethod
     def _at(ids: Any, index: Index) -> Any:
@@ -438,6 +461,9 @@ class And(Mask):
 
     def moved(self, by: Any) -> And:
         return And(tuple(mask.moved(by) for mask in self.masks))
+
+    def transposed(self) -> And:
+        return And(tuple(mask.transposed() for mask in self.masks))
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> And:
         return And(tuple(mask.local(number, by_query, by_key) for mask in self.masks))

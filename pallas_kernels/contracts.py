@@ -41,6 +41,10 @@ class Mask(Protocol):
         """The same mask for positions of queries and keys that both count from `by`."""
         ...
 
+    def transposed(self) -> Any:
+        """The mask with queries and keys exchanged: what a block of keys asks."""
+        ...
+
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Any:
         """The mask of one tile: each array per batch entry, per query, per key replaced by what these make of it."""
         ...
@@ -114,6 +118,40 @@ class ForwardConfig:
     def out_columns(self, head_dim: int, value_head_dim: int) -> int:
         """Columns of the results that leave at a time: memory of their own is scarce beside head dims of 256."""
         return 128 if self.own_out(head_dim, value_head_dim) and value_head_dim % 128 == 0 else value_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkConfig(ForwardConfig):
+    """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
+
+    ahead: tiles of Q in memory beyond those of dO (dk, dv). half: p waits in half precision for the next step there. masks_all:
+    every tile is masked, without a branch. ordered: the fused kernel's additions to a tile of dq happen in the order of the key
+    tiles, so that the same call gives the same bits.
+    """
+
+    block_k: int = 64
+    ahead: int = 1
+    half: bool = False
+    masks_all: bool = False
+    ordered: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """dq: rows are queries, columns keys. dkv: rows are keys, columns queries; None where dk and dv have to be made one after the
+    other, by dk and dv, because both sums together are more than the registers hold. fused: of one kernel for all three, rows and
+    columns as dkv's; None for the pair."""
+
+    dq: WalkConfig
+    dkv: WalkConfig | None
+    dk: WalkConfig
+    dv: WalkConfig
+    fused: WalkConfig | None = None
+
+    def can_fuse(self, head_dim: int) -> bool:
+        """Whether the tile of dq can be cut into a part for each warpgroup: by rows, or by columns of whole swizzles."""
+        own = self.fused
+        return own is not None and (own.block_k == own.rows or head_dim % (64 * own.warpgroups) == 0)
 
 
 @dataclasses.dataclass(frozen=True)

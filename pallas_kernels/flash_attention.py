@@ -18,7 +18,7 @@ from pallas_kernels.visits import cdiv
 SWIZZLE = 32  # bytes: the narrowest that a tile can have in shared memory, and so what a bias's rows must be a multiple of
 
 
-def _up(size: int, to: int) -> int:
+def up(size: int, to: int) -> int:
     return cdiv(size, to) * to
 
 
@@ -36,7 +36,7 @@ def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, bi
     return tuple(names)
 
 
-def _longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
+def longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
     """x with zeros behind, up to the size given for an axis."""
     widths = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, widths) if any(more for _, more in widths) else x
@@ -52,7 +52,7 @@ def _slope(mask: Any, L: int, S: int) -> tuple[bool, float]:
     return len(set(ranges)) > 1, sum(hi - lo for lo, hi in ranges) / len(ranges)
 
 
-def _hidden_by(mask: Any, keep: jax.Array, L: int, S: int) -> tuple[Any, jax.Array]:
+def hidden_by(mask: Any, keep: jax.Array, L: int, S: int) -> tuple[Any, jax.Array]:
     """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: less is left to compute."""
     arrays = jax.tree.leaves(mask)
     if mask is None or dense.kind(keep) != "tile" or keep.shape[0] < max((array.shape[0] for array in arrays), default=1):
@@ -89,23 +89,23 @@ def forward(
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
     (sloped, seen), masked = _slope(mask, L, S), mask is not None or keep is not None
     if keep is not None:
-        mask, keep = _hidden_by(mask, keep, L, S)
+        mask, keep = hidden_by(mask, keep, L, S)
     if bias_bytes := dense.tile_bytes(bias):
-        wide = S if S * bias_bytes % SWIZZLE == 0 else _up(S, 64)  # made anew, it is made for the widest swizzle
-        bias = _longer(bias, {2: _up(L, 8), 3: wide})
+        wide = S if S * bias_bytes % SWIZZLE == 0 else up(S, 64)  # made anew, it is made for the widest swizzle
+        bias = longer(bias, {2: up(L, 8), 3: wide})
     if config is None:
         config = tuning.forward_config(
             heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
             seen=seen, drops=drops, bias_bytes=bias_bytes,
         )  # fmt: skip
     shape = ForwardShape(
-        B, Hq, H, L, S, _up(E, 16), _up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,
+        B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,
         sinks is not None,
     )  # fmt: skip
     run = hopper_forward.forward(shape, config, mask, bias=bias, keep=keep, generator=generator, interpret=interpret)
     out, lse = run(
-        _longer(query, {length_axis: _up(L, 8), 3: _up(E, 16)}), _longer(key, {length_axis: _up(S, 8), 3: _up(E, 16)}),
-        _longer(value, {length_axis: _up(S, 8), 3: _up(Ev, 16)}), mask_arrays=jax.tree.leaves(mask), bias=bias, keep=keep,
+        longer(query, {length_axis: up(L, 8), 3: up(E, 16)}), longer(key, {length_axis: up(S, 8), 3: up(E, 16)}),
+        longer(value, {length_axis: up(S, 8), 3: up(Ev, 16)}), mask_arrays=jax.tree.leaves(mask), bias=bias, keep=keep,
         sinks=sinks, seeds=seeds if drops else None, scale=None if static_scale is not None else scale,
     )  # fmt: skip
     out = jax.lax.slice(out, (0, 0, 0, 0), (*query.shape[:3], Ev))

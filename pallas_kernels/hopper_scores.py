@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -172,8 +172,9 @@ class Rows:
     words: Any
 
     @classmethod
-    def of(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Rows:
-        config, lead, words = recipe.config, 0, None
+    def placed(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Self:
+        """The rows without dropout's words."""
+        config, lead = recipe.config, 0
         base = tile * config.rows + wg * config.block_q
         walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
         if not recipe.listed:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
@@ -183,10 +184,18 @@ class Rows:
             walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
         if recipe.leaves_out and not (isinstance(walk.steps, int) and walk.steps == 1):
             lead = jnp.where(base < recipe.shape.query_len, np.int32(lead) if isinstance(lead, int) else lead, walk.steps - 1)
-        if recipe.drops:
-            rows = plgpu.broadcasted_iota(jnp.int32, (config.block_q,), 0, layout=ROW) + base
-            words = recipe.generator.query_words(refs.seeds[b, h, 0], refs.seeds[b, h, 1], rows)
-        return cls(recipe, refs, b, h, base, wg, walk, lead, words)
+        return cls(recipe, refs, b, h, base, wg, walk, lead, None)
+
+    @classmethod
+    def of(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Self:
+        rows = cls.placed(recipe, refs, b, h, tile, wg)
+        if not recipe.drops:
+            return rows
+        words = recipe.generator.query_words(refs.seeds[b, h, 0], refs.seeds[b, h, 1], rows.row_indices())
+        return dataclasses.replace(rows, words=words)
+
+    def row_indices(self) -> Any:
+        return plgpu.broadcasted_iota(jnp.int32, (self.recipe.config.block_q,), 0, layout=ROW) + self.base
 
     @property
     def _tile(self) -> tuple[int, int]:

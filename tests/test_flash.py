@@ -14,13 +14,14 @@ from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, causal_lower_right, sliding_window
 from jax_sdpa.implementations.flash import Flash
 from jax_sdpa.masks import as_mask
+from jax_sdpa.request import DIFFERENTIABLE
 
 FLASH = SDPBackend.FLASH_ATTENTION
 needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 
 
-def interpreted(problem, mask=None, face="torch", **options):
-    """{'out', 'lse'} by `Flash.run` in Mosaic's interpreter; arguments as in `on_jax`."""
+def interpreted(problem, mask=None, face="torch", gradients=False, **options):
+    """{'out', 'lse', with `gradients` a cotangent for each operand} by `Flash` in Mosaic's interpreter; arguments as in `on_jax`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     arrays = {name: getattr(problem, name) for name in ("query", "key", "value", "bias", "sinks")}
@@ -35,9 +36,19 @@ def interpreted(problem, mask=None, face="torch", **options):
     else:
         q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
         request, shape = checks.jax_request(q, k, v, bias, mask, scale=scale, sinks=sinks, softcap=problem.softcap, **options)
-    out, lse = jax.jit(Flash(interpret=plgpu.InterpretGPUParams(detect_races=True)).run)(request)
-    out = jnp.reshape(out, shape)
-    return {"out": np.asarray(out if face == "torch" else jnp.swapaxes(out, -2, -3)), "lse": np.asarray(lse)}
+    flash = Flash(interpret=plgpu.InterpretGPUParams(detect_races=True))
+    torchs = lambda x: np.asarray(x if face == "torch" else jnp.swapaxes(x, -2, -3))  # noqa: E731
+    out, lse = jax.jit(flash.run)(request)
+    found = {"out": torchs(jnp.reshape(out, shape)), "lse": np.asarray(lse)}
+    if not gradients:
+        return found
+    wrt = tuple(name for name in DIFFERENTIABLE if getattr(request, name) is not None)
+    dout = jnp.reshape(torchs(jnp.asarray(problem.dout)), out.shape)
+    dlse = None if problem.dlse is None else jnp.asarray(problem.dlse, jnp.float32)
+    cts = jax.jit(flash.backward, static_argnames="wrt")(request, out, lse, dout, dlse, wrt=wrt)
+    shapes = {name: getattr(problem, name).shape for name in wrt}
+    qkv = ("query", "key", "value")
+    return found | {name: np.reshape(torchs(x) if name in qkv else np.asarray(x), shapes[name]) for name, x in cts.items()}
 
 
 SOME = [
@@ -53,7 +64,8 @@ SOME = [
 def test_the_suites_cases_interpreted(name):
     problem, mask, options = CASES[name]()
     problem = problem.rounded(jnp.bfloat16)
-    check(problem, interpreted(problem, mask, **options))
+    own_heads = problem.key.shape[-3] == problem.value.shape[-3]  # else the call repeats them before it comes to Flash
+    check(problem, interpreted(problem, mask, gradients=problem.bias is None and own_heads, **options))
 
 
 def _in_half(name, dtype):
@@ -147,6 +159,18 @@ def test_hidden_keys_may_hold_anything():
     check(problem, got)
 
 
+@needs_mosaic
+def test_what_a_mask_hides_may_hold_anything_and_empty_rows_too():
+    """Keys that nobody sees, rows that see nothing: NaN and infinity there reach no gradient."""
+    keep = lengths(72, 136, [100, 136]) & (np.arange(72) < 50)[:, None]
+    problem = make(72, 136, Hq=2, Hk=1, keep=keep, E=64).rounded("bfloat16")
+    poisoned = {name: getattr(problem, name).copy() for name in ("query", "key", "value", "dout")}
+    poisoned["key"][0, :, 100:], poisoned["value"][0, :, 100:] = np.nan, np.inf
+    poisoned["query"][:, :, 50:], poisoned["dout"][:, :, 50:] = np.inf, np.nan
+    mask = KeyLengths(jnp.array([100, 136])) & QueryLengths(jnp.array([50]))
+    check(problem, interpreted(problem.but(**poisoned), mask, gradients=True))
+
+
 @pytest.mark.gpu
 def test_under_vmap_jvp_and_second_derivatives():
     q, k, v = (jax.random.normal(key, (3, 2, 2, 72, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
@@ -177,8 +201,11 @@ def test_remat_by_name_runs_the_kernel_once_and_the_default_choice_is_flash():
     def loss(q):
         return jnp.sin(jax.checkpoint(lambda q: scaled_dot_product_attention(q, q, q), policy=policy)(q).astype(jnp.float32)).sum()
 
-    text = jax.jit(jax.grad(loss)).lower(q).compile().as_text()
-    assert sum("custom-call" in line and "mosaic_gpu" in line for line in text.splitlines()) == 1
+    def kernels(loss):
+        text = jax.jit(jax.grad(loss)).lower(q).compile().as_text()
+        return sum("custom-call" in line and "mosaic_gpu" in line for line in text.splitlines())
+
+    assert kernels(loss) == kernels(lambda q: jnp.sin(scaled_dot_product_attention(q, q, q).astype(jnp.float32)).sum())
 
 
 def _hopper_program(length, **options):
@@ -278,11 +305,16 @@ def test_what_flash_refuses_and_notes():
     if compat.JAX_VERSION < (0, 11, 2):
         assert "needs jax 0.11.2 or newer" in about(q)
         return
-    assert about(q) == "Derivatives run the XLA implementation, from the saved lse."
+    assert "Gradients run the kernels; forward mode and second derivatives the XLA implementation" in about(q)
+    assert "Gradients run the XLA implementation, from the saved lse: the backward kernels take no bias yet." in about(
+        q, jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    )
     assert "A padded copy is made of query, key, value" in about(odd)
-    assert "The values are copied" in about(q, KeyLengths(jax.ShapeDtypeStruct((1,), jnp.int32)))
-    assert "The values are copied" in about(q, QueryLengths(jax.ShapeDtypeStruct((1,), jnp.int32)))
-    assert "The values are copied" not in about(q, causal())
+    ids = SegmentIds(jax.ShapeDtypeStruct((1, 256), jnp.int32))
+    assert "The values are copied" in about(q, ids)
+    for mask in (ids, KeyLengths(jax.ShapeDtypeStruct((1,), jnp.int32)), QueryLengths(jax.ShapeDtypeStruct((1,), jnp.int32))):
+        assert "Gradients copy what the mask hides" in about(q, mask)
+    assert "cop" not in about(q, causal())
     assert "head dims from 1 to 256. Got 264 and 264" in about(jax.ShapeDtypeStruct((1, 2, 256, 264), jnp.bfloat16))
     assert "a scale that is finite, got inf" in about(q, scale=float("inf"))
     choice = explain(

@@ -52,6 +52,7 @@ PICTURES = {
     "one length for all": (KeyLengths(2), "1 1 0 0\n1 1 0 0"),
     "length and start": (KeyLengths(3, 1), "0 1 1 0\n0 1 1 0"),
     "query length": (QueryLengths(1), "1 1 1\n0 0 0"),
+    "query length and start": (QueryLengths(2, 1), "0 0 0\n1 1 1\n0 0 0"),
     "dense": (Dense(jnp.array([[True, False, True]])), "1 0 1"),
     "causal & window": (causal() & sliding_window(1, -1), "1 0 0 0\n1 1 0 0\n0 1 1 0\n0 0 1 1"),
     "causal & segments & lengths": (
@@ -109,7 +110,7 @@ def draw_mask(draw, L, S):
     if kind == "lengths":
         return KeyLengths(draw(place), draw(st.none() | place))
     if kind == "query lengths":
-        return QueryLengths(draw(place))
+        return QueryLengths(draw(place), draw(st.none() | place))
     if kind == "segments":
 
         def ids(n):
@@ -142,6 +143,7 @@ def test_ranges_agree_with_keep(data):
     valid = mask.key_valid(L, S)
     valid = np.ones(S, bool) if valid is None else np.broadcast_to(np.asarray(valid), S)
     assert valid[keep.any(0)].all(), f"{mask} hides a key that a query sees"
+    np.testing.assert_array_equal(np.broadcast_to(mask.transposed().materialise(S, L), (S, L)), keep.T)
 
 
 def test_key_valid_hides_what_nobody_sees():

@@ -70,6 +70,9 @@ class CausalBias(Mask):
     def keep(self, q_idx: Index, k_idx: Index) -> object:
         return self._band.keep(q_idx, k_idx)
 
+    def transposed(self) -> Band:
+        return self._band.transposed()
+
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         return self._band.kv_range(q_lo, q_hi, L, S)
 

@@ -76,6 +76,8 @@ def _read(request: SdpaRequest) -> _Masks:
                 reasons.append("cuDNN attention does not support padding before the keys (KeyLengths with starts).")
         elif isinstance(mask, QueryLengths):
             queries.append(mask)
+            if mask.starts is not None:
+                reasons.append("cuDNN attention does not support padding before the queries (QueryLengths with starts).")
         elif not isinstance(mask, Band):
             reasons.append(f"cuDNN attention does not support {type(mask).__name__} masks.")
         elif not isinstance(mask.offset, int):

@@ -230,9 +230,7 @@ def backward(
 
     found: Tangents = {}
     if "sinks" in wrt:
-        p_sink = jnp.exp(request.sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
-        dsinks = jnp.sum(-p_sink * delta, -1)
-        found["sinks"] = _summed(dsinks, request.sinks)
+        found["sinks"] = sinks_gradient(request, lse, delta)
 
     padded = request if plan.whole else pad(request, plan.block_q, plan.block_k)
     top, share = _top_and_share(request, row_sums)
@@ -257,6 +255,12 @@ def backward(
             sum_ = _summed(sum_, operand) if name == "scale" else sum_
             found[name] = lax.slice(sum_, (0,) * sum_.ndim, operand.shape).astype(operand.dtype)
     return found
+
+
+def sinks_gradient(request: SdpaRequest, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """dsinks = -sum(p_sink * delta): a sink is a key without a value."""
+    p_sink = jnp.exp(request.sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+    return _summed(jnp.sum(-p_sink * delta, -1), request.sinks)
 
 
 def _summed(cotangent: jax.Array, operand: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
-"""FLASH_ATTENTION: our Pallas kernels for Hopper. Derivatives run the XLA implementation, from the saved lse."""
+"""FLASH_ATTENTION: our Pallas kernels for Hopper, forward and backward. What the backward kernels do not take yet, forward mode and
+second derivatives run the XLA implementation, from the saved lse."""
 
 from __future__ import annotations
 
@@ -7,15 +8,16 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_sdpa import compat, dropout
 from jax_sdpa.context import SDPBackend
 from jax_sdpa.device import Device
-from jax_sdpa.implementations import scores
+from jax_sdpa.implementations import efficient_backward, scores
 from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_sizes
 from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
-from pallas_kernels import dense, flash_attention
+from pallas_kernels import dense, flash_attention, flash_backward
 from pallas_kernels.contracts import has_ids
 
 DTYPES = ("float16", "bfloat16")
@@ -27,10 +29,10 @@ SOFTCAP = 1000.0  # the kernel's tanh is 1 - 2 / (1 + e**2x): its error is softc
 
 @dataclasses.dataclass(frozen=True)
 class Flash(Implementation):
-    """The Hopper forward kernel: half precision, every mask, bias, dropout, sinks and softcap, both layouts, grouped heads.
+    """The Hopper kernels: half precision, every mask, bias, dropout, sinks and softcap, both layouts, grouped heads.
 
-    interpret: `plgpu.InterpretGPUParams`; `run` then goes through Mosaic's interpreter, on any device. For tests: a primitive's
-    lowering has no place for the interpreter's ordered effects, so the public functions never interpret.
+    interpret: `plgpu.InterpretGPUParams`; `run` and `backward` then go through Mosaic's interpreter, on any device. For tests: a
+    primitive's lowering has no place for the interpreter's ordered effects, so the public functions never interpret.
     """
 
     interpret: Any = None
@@ -65,11 +67,18 @@ class Flash(Implementation):
         names = flash_attention.padding(
             request.query_len, request.key_len, request.head_dim, request.value_head_dim, dense.tile_bytes(request.bias)
         )  # fmt: skip
-        notes = ["Derivatives run the XLA implementation, from the saved lse."]
+        reasons = _against_kernels(request, request.spec.wrt)
+        notes = [f"Gradients run the XLA implementation, from the saved lse: {reason}" for reason in reasons]
+        if not reasons:
+            notes.append(
+                "Gradients run the kernels; forward mode and second derivatives the XLA implementation, from the saved lse."
+            )
         if names:
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
         if has_ids(request.mask):
             notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
+        if not reasons and (_may_hide(request) or _may_be_empty(request)):
+            notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
         return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +97,51 @@ class Flash(Implementation):
     def backward(
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
-        return _XLA.backward(request, out, lse, dout, dlse, wrt)
+        if _against_kernels(request, wrt):
+            return _XLA.backward(request, out, lse, dout, dlse, wrt)
+        spec, query = request.spec, request.query
+        dout = jnp.zeros_like(out) if dout is None else dout
+        if dlse is not None:
+            dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
+        if _may_be_empty(request):
+            query, dout = (scores.existing_only(lse, x, request.heads_axis) for x in (query, dout))
+        delta = flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
+        found: Tangents = {}
+        if "sinks" in wrt:
+            found["sinks"] = efficient_backward.sinks_gradient(request, lse, delta)
+        wants = tuple(name for name in flash_backward.WANTS if name in wrt)
+        return found | flash_backward.backward(
+            query, scores.seen_only(request, request.key), scores.seen_only(request, request.value), dout, lse, delta,
+            layout=spec.layout, scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
+            mask=request.mask if request.masks else None, keep=request.keep_mask, seeds=request.dropout_seeds,
+            dropout_p=spec.dropout_p, generator=dropout, wants=wants, interpret=self.interpret,
+        )  # fmt: skip
+
+
+def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
+    """Why the gradients of `wrt` cannot come from the kernels, in plain sentences."""
+    reasons = []
+    if request.bias is not None:
+        reasons.append("the backward kernels take no bias yet.")
+    if "scale" in wrt:
+        reasons.append("the backward kernels have no gradient of a traced scale.")
+    return reasons
+
+
+def _may_hide(request: SdpaRequest) -> bool:
+    """Whether `scores.seen_only` copies: asked of the mask with shapes in place of its arrays."""
+    mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), request.mask)
+    return jax.eval_shape(lambda mask: mask.key_valid(request.query_len, request.key_len), mask) is not None
+
+
+def _may_be_empty(request: SdpaRequest) -> bool:
+    """Whether the masks may leave a query without keys, as far as that is known without their arrays. A static mask is bands and
+    intervals, whose rows are shortest at the ends."""
+    if request.keep_mask is not None or jax.tree.leaves(request.masks):
+        return True
+    L, S = request.query_len, request.key_len
+    ranges = (request.mask.kv_range(q, q + 1, L, S) for q in (0, L - 1))
+    return any(lo >= hi for lo, hi in ranges)
 
 
 _XLA = Efficient(on_cpu=False)

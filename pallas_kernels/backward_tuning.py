@@ -1,0 +1,68 @@
+"""Which configuration a backward call gets. Measured on an H200, 2026-11-25, jax 0.11.2 (NOTES.md, "Hopper backward")."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels.contracts import BackwardConfig, WalkConfig
+from pallas_kernels.tuning import SHARED_MEMORY
+from pallas_kernels.visits import cdiv
+
+
+def backward_config(
+    *, head_dim: int, value_head_dim: int, masked: bool = False, drops: bool = False, bias_bytes: int = 0
+) -> BackwardConfig:
+    """The configuration for these head dims.
+
+    masked: there is a mask; drops: dropout; bias_bytes: of an element of a bias as large as the scores, 0 without one.
+
+    >>> backward_config(head_dim=256, value_head_dim=256).dkv is None
+    True
+    """
+    wide = max(head_dim, value_head_dim)
+    dkv: WalkConfig | None = None
+    if wide <= 64:
+        dq = dv = WalkConfig(block_k=128)
+        # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
+        dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked else WalkConfig()
+    elif wide <= 128:
+        dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
+        dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
+    elif wide <= 192:
+        dq = dk = dv = WalkConfig(masks_all=True)
+    else:
+        dq = dk = WalkConfig(warpgroups=1, masks_all=True, half=True)
+        dv = WalkConfig(masks_all=True)
+    found = {"dq": dq, "dkv": dkv, "dk": dk, "dv": dv}
+    dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "bias_bytes": bias_bytes}
+    return BackwardConfig(**{name: own and fitted(name, own, **dims) for name, own in found.items()})  # type: ignore[arg-type]
+
+
+LESS: tuple[dict[str, Any], ...] = ({"bias_stages": 1}, {"stages": 2}, {"ahead": 0}, {"block_k": 64}, {"warpgroups": 1})
+"""What a configuration gives up, in this order, until it fits the shared memory."""
+
+
+def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig:
+    """The configuration, with less where it needs more shared memory than there is."""
+    for less in LESS:
+        if shared_bytes(kernel, config, **facts) <= SHARED_MEMORY:
+            break
+        config = dataclasses.replace(config, **less)
+    return config
+
+
+def shared_bytes(
+    kernel: str, config: WalkConfig, *, head_dim: int, value_head_dim: int, drops: bool = False, bias_bytes: int = 0
+) -> int:
+    """Of a program of 'dq', 'dkv', 'dk', 'dv' or 'fused': its rows, tiles of columns, and what comes with each query."""
+    E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
+    ring = config.bias_stages * config.rows * config.block_k * bias_bytes
+    if kernel == "dq":
+        return 2 * (config.rows + config.stages * config.block_k) * (E + Ev) + ring
+    q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
+    own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
+    tiles = config.block_k * (q_stages * E + config.stages * Ev)
+    numbers = 4 * q_stages * config.block_k * ((3 if bias_bytes else 2) + (2 if drops else 0))
+    dq = 2 * 2 * config.rows * config.block_k + 4 * config.block_k * E if kernel == "fused" else 0
+    return 2 * (own + tiles) + numbers + dq + ring

@@ -1,0 +1,115 @@
+"""The launch of the backward: from the arrays of a call and of its results to dq, dk and dv. Padding is `flash_attention`'s."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backward_tuning
+from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig
+from pallas_kernels.flash_attention import hidden_by, longer, up
+
+WANTS = ("query", "key", "value")
+
+
+def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array | None, heads_axis: int) -> jax.Array:
+    """delta = sum(out * dout) - dlse of every row, (B, Hq, L) float32: the cotangent of lse joins with the opposite sign."""
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+    delta = delta if heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
+    return delta if dlse is None else delta - dlse
+
+
+def backward(
+    query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, *, layout: str,
+    scale: Any, softcap: float | None = None, mask: Any = None, keep: Any = None, seeds: Any = None, dropout_p: float = 0.0,
+    generator: Any = None, wants: tuple[str, ...] = WANTS, config: BackwardConfig | None = None, interpret: Any = None,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """{'query': dq, 'key': dk, 'value': dv} by the Hopper kernels, those of `wants`; arguments as in `flash_attention.forward`.
+
+    dout: as out, in query's dtype. lse, delta: (B, Hq, L) float32, of the forward and of `row_deltas`.
+
+    Rows that attend to nothing (lse = -inf) give and get zeros, if query and dout are numbers there.
+    """
+    from pallas_kernels import hopper_operands  # jax 0.11.2 and newer only
+    from pallas_kernels.hopper_backward_dkv import dkv
+    from pallas_kernels.hopper_backward_dq import dq
+
+    heads_axis = 1 if layout == "BHLE" else 2
+    length_axis = 3 - heads_axis
+    B, Hq, L, E = query.shape[0], query.shape[heads_axis], query.shape[length_axis], query.shape[3]
+    H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
+    drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
+    if dropout_p > 0 and not drops:  # p = 1: every weight is dropped, lse is that of the softmax before
+        dout = jnp.zeros_like(dout)
+    if keep is not None:
+        mask, keep = hidden_by(mask, keep, L, S)
+    if config is None:
+        config = backward_tuning.backward_config(
+            head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None, drops=drops
+        )  # fmt: skip
+    static_scale = scale if isinstance(scale, float) else None
+    shape = ForwardShape(
+        B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0
+    )
+    given = [
+        longer(query, {length_axis: up(L, 8), 3: up(E, 16)}), longer(key, {length_axis: up(S, 8), 3: up(E, 16)}),
+        longer(value, {length_axis: up(S, 8), 3: up(Ev, 16)}), longer(dout, {length_axis: up(L, 8), 3: up(Ev, 16)}),
+    ]  # fmt: skip
+    kernels = _kernels(config, wants, shape.head_dim)
+    length = max(up(L, own.rows if name == "query" else own.block_k) for names, own in kernels for name in names)
+    if drops:
+        delta = delta / hopper_operands.survivor_scale(shape, generator)
+    given.append(hopper_operands.row_numbers(lse, delta, length))
+    more = {"keep": keep, "seeds": seeds, "scale": None if static_scale is not None else scale, "generator": generator}
+
+    found: dict[str, jax.Array] = {}
+    for names, own in kernels:
+        operands = hopper_operands.Operands.of(
+            shape, own, mask, **more, transposed=names != ("query",), ordered=names == WANTS and own.ordered
+        )
+        if names == ("query",):
+            found["query"] = dq(shape, own, operands, interpret=interpret)(*given, *operands.arrays)
+            continue
+        fused = names == WANTS
+        words = [hopper_operands.query_words(generator, operands.seeds, length)] if drops else []
+        outs = {"key": "dk", "value": "dv"}
+        keys = tuple(name for name in names if name != "query")
+        run = dkv(shape, own, operands, wants=tuple(outs[name] for name in keys), fused=fused, interpret=interpret)
+        if not fused:
+            results = run(*given, *words, *operands.arrays)
+        else:
+            results, sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, [*given, *words, *operands.arrays], interpret)
+            dq_rows = (sums * (scale_of_sums(scale) * hopper_operands.survivor_scale(shape, generator))).astype(query.dtype)
+            found["query"] = dq_rows if heads_axis == 1 else jnp.swapaxes(dq_rows, 1, 2)
+        found |= dict(zip(keys, results, strict=True))
+    like = {"query": query, "key": key, "value": value}
+    return {name: jax.lax.slice(x, (0, 0, 0, 0), like[name].shape) for name, x in found.items()}
+
+
+def scale_of_sums(scale: Any) -> Any:
+    """The scale, to stand beside (B, Hq, L, E)."""
+    return scale if isinstance(scale, float) else scale.astype(jnp.float32).reshape(-1, 1, 1, 1)
+
+
+def added_into(shape: tuple[int, ...], run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, the float32 sums of `shape` that it adds up in memory)."""
+    if interpret is not None:
+        *results, parts = run(*given)  # a tile that nobody wrote is NaN throughout
+        tiles = parts.reshape(*parts.shape[:3], -1, 64, parts.shape[-1])
+        return results, jnp.where(jnp.isnan(tiles).all((-1, -2), keepdims=True), 0, tiles).reshape(parts.shape).sum(0)
+    sums = jax.new_ref(jnp.zeros(shape, jnp.float32))
+    results = run(*given, sums)
+    return results, jax.freeze(sums)
+
+
+def _kernels(config: BackwardConfig, wants: tuple[str, ...], head_dim: int) -> list[tuple[tuple[str, ...], WalkConfig]]:
+    """What each kernel to be run makes, and how."""
+    if set(wants) == set(WANTS) and config.fused is not None and config.can_fuse(head_dim):
+        return [(WANTS, config.fused)]
+    kernels: list[tuple[tuple[str, ...], WalkConfig]] = [(("query",), config.dq)] if "query" in wants else []
+    keys = tuple(name for name in ("key", "value") if name in wants)
+    if len(keys) == 2 and config.dkv is not None:
+        return [*kernels, (keys, config.dkv)]
+    return [*kernels, *(((name,), config.dk if name == "key" else config.dv) for name in keys)]

@@ -1,0 +1,194 @@
+"""The matrix products of the backward kernels, in the order in which they stay in flight under what is done to a tile.
+
+Both loops are pipelined over two steps, so that some product runs under each piece of elementwise work: in the dq kernel the last
+step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, dS.T @ Q under the next step's p. The fused loop
+has its own order (`fused_step`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper_products import Wgmma
+
+State = tuple[Any, ...]  # p, and softcap's slope if there is one: tiles, float32 or, from step to step, halves
+
+
+def _unset(shape: tuple[int, ...]) -> Any:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What makes dq beside dk and dv: ds of all warpgroups meets in shared memory, and each makes a part of the tile of dq.
+
+    put(ds) stores a warpgroup's own; take() waits for the others' and answers (ds.T, keys), the operands of its part of dq;
+    give(dq) takes their product, float32.
+    """
+
+    shape: tuple[int, int]  # of a warpgroup's part of dq
+    put: Callable[[Any], None]
+    take: Callable[[], tuple[Any, Any]]
+    give: Callable[[Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardWgmma(Wgmma):
+    """The steps of the two loops. What waits for memory and gives it back comes as functions without arguments."""
+
+    def queries_step(
+        self, q: Any, k: Any, dout: Any, v: Any, dq: Any, ds: Any, k_before: Any, *, before_v: Callable[[], None],
+        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Callable[[State, Any], Any],
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """(dq + ds @ k_before, the next ds): tiles (queries, keys); ds in half precision, in registers."""
+        if self.interpret:
+            state = probabilities(self.scores(q, k))
+            before_v()
+            dp = self.scores(dout, v)
+            after_v()
+            return self.add(dq, ds, k_before), gradient(state, dp).astype(ds.dtype)
+
+        def stage(refs: Any) -> None:
+            dq_ref, ds_ref = refs
+
+            def products(s_ref: Any, dp_ref: Any) -> Any:
+                plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
+                before_v()
+                plgpu.wgmma(dp_ref, dout, v.transpose((1, 0)))
+                plgpu.wgmma(dq_ref, ds, k_before)
+                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=2))
+                return state, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+
+            shape = (q.shape[0], k.shape[0])
+            state, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+            after_v()
+            ds_ref[...] = lax.optimization_barrier(gradient(state, dp))
+
+        dq, ds32 = pl.run_state(stage)((plgpu.ACC.init(dq), _unset(ds.shape)))
+        return dq, ds32.astype(ds.dtype)  # narrowed when the product that reads the last ds is done (C7513)
+
+    def keys_step(
+        self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, q_next: Any, *, dtype: Any,
+        before_dout: Callable[[], None], after_dout: Callable[[], None], before_next: Callable[[], None],
+        weights: Callable[[State], Any], gradient: Callable[[State, Any], Any], probabilities: Callable[[Any], State],
+    ) -> tuple[Any, Any, State]:  # fmt: skip
+        """(dk + ds @ q, dv + p @ dout, the next state): tiles (keys, queries); dk or dv None where it is not wanted; q_next None in
+        the last step."""
+        wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
+        if self.interpret:
+            before_dout()
+            if dk is not None:
+                ds = gradient(wide(state), self.scores(v, dout)).astype(dtype)
+                dk = self.add(dk, ds, q)
+            if dv is not None:
+                dv = self.add(dv, weights(state).astype(dtype), dout)
+            after_dout()
+            if q_next is None:
+                return dk, dv, state
+            before_next()
+            return dk, dv, probabilities(self.scores(k, q_next))
+
+        tile = state[0].shape
+
+        def stage(refs: dict[str, Any]) -> None:
+            state = tuple(ref[...] for ref in refs["state"])
+            before_dout()
+
+            def first(dp_ref: Any = None) -> Any:
+                if dk is not None:
+                    plgpu.wgmma(dp_ref, v, dout.transpose((1, 0)))
+                if dv is not None:
+                    plgpu.wgmma(refs["dv"], weights(state).astype(dtype), dout)
+                return None if dk is None else plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if dv is None else 1)
+
+            dp = first() if dk is None else pl.run_scoped(first, plgpu.ACC(tile, jnp.float32))
+            ds = None if dk is None else gradient(wide(state), dp).astype(dtype)
+
+            def second(s_ref: Any) -> Any:
+                before_next()
+                plgpu.wgmma(s_ref, k, q_next.transpose((1, 0)))
+                if dk is not None:
+                    plgpu.wgmma(refs["dk"], ds, q)
+                return plgpu.wgmma_accumulator_load(s_ref, wait_n=0 if dk is None else 1)  # dv is behind then
+
+            if q_next is None:
+                if dk is not None:
+                    plgpu.wgmma(refs["dk"], ds, q)
+                return
+            s = pl.run_scoped(second, plgpu.ACC(tile, jnp.float32))
+            after_dout()
+            for ref, new in zip(refs["state"], probabilities(s), strict=True):
+                ref[...] = new
+
+        refs: dict[str, Any] = {"state": state}
+        refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
+        after = pl.run_state(stage)(refs)
+        if q_next is None:
+            after_dout()
+        return after.get("dk"), after.get("dv"), after["state"]
+
+    def fused_step(
+        self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, dp: Any, following: tuple[Any, Any] | None, *,
+        dtype: Any, free: Callable[[], None], before_next: Callable[[], None], weights: Callable[[State], Any],
+        gradient: Callable[[State, Any], Any], probabilities: Callable[[Any], State], spread: Spread,
+    ) -> tuple[Any, Any, State, Any]:  # fmt: skip
+        """As `keys_step`, with dq; here dp is made a step ahead as well: (dk, dv, the next state, the next dp).
+
+        following: (q, dout) of the next step, None in the last one. In flight: dv under ds, dk while dq is stored, dp under p.
+        """
+        wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
+        if self.interpret:
+            dv = self.add(dv, weights(state).astype(dtype), dout)
+            ds = gradient(wide(state), dp).astype(dtype)
+            spread.put(ds)
+            spread.give(self._dot(*spread.take()))
+            dk = self.add(dk, ds, q)
+            free()
+            if following is not None:
+                before_next()
+                state, dp = probabilities(self.scores(k, following[0])), self.scores(v, following[1])
+            return dk, dv, state, dp
+
+        tile = dp.shape
+
+        def stage(refs: Any) -> None:
+            dk_ref, dv_ref, dp_ref, *state_refs = refs
+            state = tuple(ref[...] for ref in state_refs)
+            plgpu.wgmma(dv_ref, weights(state).astype(dtype), dout)
+            ds = gradient(wide(state), dp_ref[...]).astype(dtype)
+            spread.put(ds)
+            plgpu.wgmma_wait(0)
+
+            def second(part_ref: Any) -> Any:
+                plgpu.wgmma(part_ref, *spread.take())
+                plgpu.wgmma(dk_ref, ds, q)
+                return plgpu.wgmma_accumulator_load(part_ref, wait_n=1)
+
+            spread.give(pl.run_scoped(second, plgpu.ACC(spread.shape, jnp.float32)))
+            plgpu.wgmma_wait(0)
+            free()
+            if following is None:
+                return
+
+            q_next, dout_next = following
+
+            def third(s_ref: Any, dp_next_ref: Any) -> Any:
+                before_next()
+                plgpu.wgmma(s_ref, k, q_next.transpose((1, 0)))
+                plgpu.wgmma(dp_next_ref, v, dout_next.transpose((1, 0)))
+                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+                return state, plgpu.wgmma_accumulator_load(dp_next_ref, wait_n=0)
+
+            state, dp_ref[...] = pl.run_scoped(third, plgpu.ACC(tile, jnp.float32), plgpu.ACC(tile, jnp.float32))
+            for ref, new in zip(state_refs, state, strict=True):
+                ref[...] = new
+
+        dk, dv, dp, *after = pl.run_state(stage)((plgpu.ACC.init(dk), plgpu.ACC.init(dv), dp, *state))
+        return dk, dv, tuple(after), dp

@@ -1,0 +1,89 @@
+"""What a warpgroup of a backward kernel does to a tile: probabilities from scores and lse, the scores' gradient from both.
+
+    p = exp(s - lse)        ds = p * (keep * dp - delta) * slope        slope: softcap's derivative
+
+Tiles come in both orientations: queries by keys for dq, keys by queries for dk and dv. The second is the first for the transposed
+call: lengths exchanged, mask transposed (`Mask.transposed`), a dense mask and dropout's words with their sides exchanged. Of what
+`hopper_scores` says of rows and key tiles, nothing is said twice.
+
+With dropout p bears the decision in its sign: dropped where negative. So one register an element holds both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.contracts import WalkConfig
+from pallas_kernels.hopper_scores import TILE, Rows
+from pallas_kernels.online_softmax import LOG2E
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientRows(Rows):
+    """The rows of a warpgroup, in a backward kernel."""
+
+    def survivors(self, t: Any, query_words: Any = None) -> Any:
+        """The decisions of dropout. query_words: of the columns, as tiles, where those are queries; else of the rows, `words`."""
+        generator, seed, p = self.recipe.generator, self.refs.seeds[self.b, self.h, 1], self.recipe.shape.dropout_p
+        if query_words is not None:
+            key_words = generator.key_words(seed, self.row_indices())
+            return generator.keep_words(*query_words, lax.broadcast_in_dim(key_words, self._tile, [0]), p)
+        a, b = (lax.broadcast_in_dim(word, self._tile, [0]) for word in self.words)
+        here, k = self._columns(t)
+        return generator.keep_words(a, b, generator.key_words(seed, here + k), p)
+
+    def probabilities(
+        self,
+        s: Any,
+        top: Callable[[], Any],
+        *,
+        i: Any,
+        packed: list[Any],
+        query_words: Callable[[], Any] = lambda: None,
+        existing: int | None = None,
+    ) -> tuple[Any, ...]:
+        """(p, and softcap's slope if there is one) of the products s = q @ k.T of step i.
+
+        top, query_words: make the tiles of lse in base 2 and of dropout's words only where they are wanted: registers are short.
+        existing: rows from there on are no rows; None where what they give is not looked at.
+        """
+        recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
+        shape, slope = recipe.shape, None
+        if not recipe.waits:
+            s = s * (shape.scale if refs.scale is None else refs.scale[0 if refs.scale.shape[0] == 1 else self.b])
+        if shape.softcap is not None:
+            y = 2 / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))  # tanh = 1 - y
+            s, slope = shape.softcap - shape.softcap * y, y * (2 - y)
+        if recipe.mask is not None or packed or recipe.ragged:
+            # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
+            cut = True if recipe.drops or cast(WalkConfig, recipe.config).masks_all else self.walk.partial(i)
+            if not isinstance(cut, bool):
+                s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)
+            elif cut:
+                s = self._masked(s, t, packed)
+        if existing is not None:
+            row = self._index(0)
+            s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)
+        p = jnp.exp2(s * recipe.factor - top())
+        if recipe.drops:
+            p = jnp.where(self.survivors(t, query_words()), p, -p)
+        return (p,) if slope is None else (p, slope)
+
+    def weights(self, state: tuple[Any, ...]) -> Any:
+        """What multiplies the values: p where it survives dropout."""
+        return jnp.maximum(state[0].astype(jnp.float32), 0.0) if self.recipe.drops else state[0]
+
+    def scores_gradient(self, state: tuple[Any, ...], dp: Any, delta: Any) -> Any:
+        """The gradient of the scores before softcap; dp = dout @ v.T, delta as a tile."""
+        p = state[0]
+        if self.recipe.drops:
+            dp, p = jnp.where(p > 0, dp, 0.0), jnp.abs(p)
+        ds = p * (dp - delta)
+        return ds if len(state) == 1 else ds * state[1]

@@ -1,0 +1,26 @@
+"""How operands lie in a Hopper program's shared memory and in global memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def transforms(dim: int, dtype: Any) -> tuple[Any, ...]:
+    """The layout in shared memory that wgmma and TMA share: the widest swizzle of which `dim` is a multiple."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(dim * bits, "attention tile")
+    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+
+
+def tile(rows: tuple[int, ...], dim: int, dtype: Any) -> Any:
+    """Shared memory (*rows, dim) that TMA fills and wgmma reads."""
+    return plgpu.SMEM((*rows, dim), dtype, transforms=transforms(dim, dtype))
+
+
+def rows_of(layout: str, ref: Any, b: Any, start: Any, length: int, h: Any) -> Any:
+    """Rows [start, start + length) of one head of an operand in 'BHLE' or 'BLHE'."""
+    return ref.at[b, h, pl.ds(start, length)] if layout == "BHLE" else ref.at[b, pl.ds(start, length), h]

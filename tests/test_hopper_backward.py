@@ -1,0 +1,271 @@
+"""The Hopper backward kernels in Mosaic's interpreter, with race detection; lowered for CUDA; and, marked `gpu`, compiled and run.
+
+The problems are those of the forward's tests. out (rounded) and lse come from the oracle, so that nothing here depends on the forward.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import dropped, make
+from oracle import band, check, lengths, solve
+from test_hopper_forward import CASES as FORWARD
+
+from jax_sdpa import compat, dropout
+from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from pallas_kernels import flash_backward, visits
+from pallas_kernels.contracts import BackwardConfig, WalkConfig
+
+pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
+
+rng = np.random.default_rng(11)
+OTHER = WalkConfig(warpgroups=1)
+SPLIT = BackwardConfig(dq=OTHER, dkv=None, dk=OTHER, dv=OTHER)
+WIDE = WalkConfig(block_k=128, masks_all=True, half=True)
+WIDER = BackwardConfig(dq=WIDE, dkv=WIDE, dk=WIDE, dv=WIDE)
+
+FUSE = WalkConfig(half=True)
+FUSED = dataclasses.replace(WIDER, fused=FUSE)
+FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
+
+
+def kernels(
+    problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, key=None, p=0.0, keep=None, config=None, interpret=True,
+    wants=flash_backward.WANTS, traced_scale=False,
+):  # fmt: skip
+    """(the compiled-to-be function, its arguments) of a Problem whose arrays are (B, H, length, dim)."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    B, Hq, _, E = problem.query.shape
+    swap = (lambda x: jnp.swapaxes(x, 1, 2)) if layout == "BLHE" else (lambda x: x)
+    answer = solve(problem)
+    arrays = [problem.query, problem.key, problem.value, problem.dout, np.asarray(answer["out"]).astype(np.float32)]
+    q, k, v, dout, out = (swap(jnp.asarray(x).astype(dtype)) for x in arrays)
+    lse = jnp.asarray(np.asarray(answer["lse"]).astype(np.float32))
+    dlse = None if problem.dlse is None else jnp.asarray(problem.dlse, jnp.float32)
+    scale = E**-0.5 if problem.scale is None else float(problem.scale)
+    more = {
+        "mask": None if mask is None else mask.with_batch((B,)),
+        "keep": None if keep is None else jnp.asarray(keep),
+        "seeds": dropout.seeds(key, B, Hq) if p else None,
+        "scale": jnp.full(1, scale, jnp.float32) if traced_scale else None,
+    }
+
+    def run(q, k, v, dout, out, lse, dlse, more):
+        more = {**more, "scale": scale if more["scale"] is None else more["scale"]}
+        delta = flash_backward.row_deltas(out, dout, dlse, 1 if layout == "BHLE" else 2)
+        found = flash_backward.backward(
+            q, k, v, dout, lse, delta, layout=layout, softcap=problem.softcap, dropout_p=p, generator=dropout, wants=wants,
+            config=config, interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None, **more,
+        )  # fmt: skip
+        return {name: swap(x) for name, x in found.items()}
+
+    return run, (q, k, v, dout, out, lse, dlse, more)
+
+
+def on_kernels(problem, *, times=1, **options):
+    """{'query', 'key', 'value'}; with `times`, the same call so often, and the same bits each time."""
+    run, args = kernels(problem, **options)
+    run = jax.jit(run)
+    found = {name: np.asarray(x) for name, x in run(*args).items()}
+    for _ in range(times - 1):
+        for name, x in run(*args).items():
+            np.testing.assert_array_equal(np.asarray(x).view(np.uint16), found[name].view(np.uint16), err_msg=name)
+    return found
+
+
+def hold(problem, got):
+    """Against the oracle; it wants to see the dtype in an 'out'."""
+    check(problem, {"out": next(iter(got.values())), **got}, names=tuple(got))
+
+
+def of_forward(name):
+    """A case of the forward's tests, less what only the forward takes."""
+
+    def build():
+        problem, options = FORWARD[name]()
+        return problem.but(sinks=problem.sinks), {name: x for name, x in options.items() if name != "config"}
+
+    return build
+
+
+OWN = {
+    "all keys in one tile, lse's cotangent": lambda: (make(136, 72, B=1, Hq=2, E=64, dlse=True), {}),
+    "three query heads a group, causal": lambda: (
+        make(200, 264, B=1, Hq=3, Hk=1, E=64, keep=band(200, 264, -1, 0, 64)), {"mask": causal(64), "layout": "BLHE"}
+    ),
+    "keys that no query sees": lambda: (make(72, 392, B=1, Hq=1, E=64, keep=band(72, 392, -1, 0)), {"mask": causal()}),
+    "dropout in groups, window, lengths": lambda: (
+        make(
+            136, 200, B=2, Hq=4, Hk=2, E=64, keep=band(136, 200, 70, 3, 40) & lengths(136, 200, [180, 0]),
+            survivors=dropped(jax.random.key(1), 2, 4, 136, 200, 0.3), dlse=True,
+        ),
+        {"mask": sliding_window(70, 3, 40) & KeyLengths(jnp.array([180, 0])), "key": jax.random.key(1), "p": 0.3},
+    ),
+    "dropout of everything": lambda: (
+        make(72, 72, B=1, Hq=1, E=64, survivors=dropped(jax.random.key(1), 1, 1, 72, 72, 1.0), dlse=True),
+        {"key": jax.random.key(1), "p": 1.0},
+    ),
+    "one after the other": lambda: (
+        make(136, 136, B=1, Hq=2, Hk=1, E=128, Ev=64, keep=band(136, 136, -1, 0)), {"mask": causal(), "config": SPLIT}
+    ),
+    "wide tiles, half precision p": lambda: (
+        make(200, 264, B=1, Hq=1, E=64, softcap=1.5, keep=band(200, 264, -1, 0)), {"mask": causal(), "config": WIDER}
+    ),
+    "fused, ragged, scores far below 0": lambda: (
+        make(136, 200, B=1, Hq=2, Hk=1, E=128, scale=40.0, keep=band(136, 200, -1, 0, 64), dlse=True), {"mask": causal(64), "config": FUSED}
+    ),
+    "fused, E 64, BLHE, a window": lambda: (
+        make(264, 136, B=1, Hq=2, E=64, keep=band(264, 136, 70, 3, -20)),
+        {"mask": sliding_window(70, 3, -20), "config": FUSED_64, "layout": "BLHE"},
+    ),
+    "fused, dropout, lengths": lambda: (
+        make(
+            136, 200, B=2, Hq=2, E=64, keep=lengths(136, 200, [180, 0]), survivors=dropped(jax.random.key(1), 2, 2, 136, 200, 0.3)
+        ),
+        {"mask": KeyLengths(jnp.array([180, 0])), "key": jax.random.key(1), "p": 0.3, "config": FUSED_64},
+    ),
+    "fused, dense mask of each head, softcap": lambda: (
+        make(136, 136, B=1, Hq=2, Hk=1, E=128, keep=(keep := rng.random((1, 2, 136, 136)) < 0.4), softcap=2.0),
+        {"keep": keep, "config": FUSED},
+    ),
+    "a traced negative scale": lambda: (make(72, 136, B=2, Hq=1, E=64, scale=-0.3), {"traced_scale": True}),
+    "softcap and dropout": lambda: (
+        make(72, 136, B=1, Hq=1, E=64, softcap=1.5, survivors=dropped(jax.random.key(1), 1, 1, 72, 136, 0.3)),
+        {"key": jax.random.key(1), "p": 0.3},
+    ),
+}  # fmt: skip
+
+TAKEN = [name for name in FORWARD if "bias" not in name]
+QUICK = {
+    "8 x 8", "block - 8 and + 8, (B, L, H, E), grouped", "causal, first rows empty", "lengths with starts, and traced offsets",
+    "segments, packed, causal", "query lengths", "E 64, Ev 128, softcap, float16", "sinks, one of -inf, empty rows", "dense mask",
+    "dense mask of each head, causal, several row tiles", "dense mask of queries, narrow", "E 256", "dropout, causal",
+}  # fmt: skip
+CASES = OWN | {name: of_forward(name) for name in TAKEN}
+
+
+@pytest.mark.parametrize("name", [*OWN, *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TAKEN)])
+def test_the_interpreted_kernels_give_the_oracles_gradients(name):
+    problem, options = CASES[name]()
+    problem = problem.rounded(options.get("dtype", jnp.bfloat16))
+    hold(problem, on_kernels(problem, **options))
+
+
+ON_A_GPU = {
+    **CASES,
+    "long, full": lambda: (make(512, 1024, B=1, Hq=2, Hk=1, E=128), {}),
+    "long, causal": lambda: (make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal()}),
+    "long, window, odd tiles": lambda: (
+        make(520, 776, B=1, Hq=2, E=64, keep=band(520, 776, 300, 5, 256)), {"mask": sliding_window(300, 5, 256)}
+    ),
+    "long, causal, 256": lambda: (make(520, 776, B=1, Hq=2, E=256, keep=band(520, 776, -1, 0)), {"mask": causal()}),
+    "192 and 128": lambda: (make(520, 776, B=1, Hq=2, E=192, Ev=128), {}),
+    "long, fused": lambda: (make(520, 776, B=1, Hq=2, Hk=1, E=128), {"config": FUSED}),
+    "long, fused, causal": lambda: (
+        make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal(), "config": FUSED}
+    ),
+    "long, fused, causal, 64": lambda: (
+        make(1024, 1024, B=1, Hq=2, E=64, keep=band(1024, 1024, -1, 0)), {"mask": causal(), "config": FUSED_64}
+    ),
+    "long, dropout": lambda: (
+        make(520, 776, B=1, Hq=2, Hk=1, E=128, survivors=dropped(jax.random.key(1), 1, 2, 520, 776, 0.1)),
+        {"key": jax.random.key(1), "p": 0.1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_the_compiled_kernels_give_the_oracles_gradients_and_the_same_bits(name):
+    problem, options = ON_A_GPU[name]()
+    problem = problem.rounded(options.get("dtype", jnp.bfloat16))
+    hold(problem, on_kernels(problem, **options, interpret=False, times=20))
+
+
+WALKS = {
+    "causal": lambda: (causal(), None),
+    "window": lambda: (sliding_window(70, 3, 40), None),
+    "lengths & offsets": lambda: (KeyLengths(jnp.array([180, 0])) & causal(jnp.array([100, -20])), None),
+    "segments": lambda: (SegmentIds(jnp.arange(136) // 50, jnp.arange(392) // 90), None),
+    "dense of each head": lambda: (None, jnp.asarray(rng.random((1, 2, 136, 392)) < 0.01)),
+    "dense of keys, causal": lambda: (causal(), jnp.asarray(rng.random((2, 1, 1, 392)) < 0.01)),
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_the_turns_of_key_tiles_count_the_walks_that_they_take(name):
+    """A turn that is too high would never come: the fused kernel would wait for ever."""
+    from pallas_kernels.contracts import ForwardShape
+    from pallas_kernels.hopper_operands import Operands
+
+    mask, keep = WALKS[name]()
+    mask = None if mask is None else mask.with_batch((2,))
+    shape = ForwardShape(2, 2, 2, 136, 392, 64, 64, jnp.bfloat16, "BHLE", 1.0)
+    config = WalkConfig()
+    operands = Operands.of(shape, config, mask, keep=keep, transposed=True, ordered=True)
+    given = dict(zip(operands.names, operands.arrays, strict=True))
+    found = given["turns"]
+    key_tiles, q_tiles = found.shape[2:]
+    assert (key_tiles, q_tiles) == (4, 3)
+    seen = np.zeros((2, 2, q_tiles), int)
+    for b in range(2):
+        for h in range(2):
+            for t in range(key_tiles):
+                if keep is not None:
+                    own = np.asarray(given["table"])
+                    own = own[min(b, own.shape[0] - 1), min(h, own.shape[1] - 1), min(t, own.shape[2] - 1)]
+                    tiles = own[1 : 1 + own[0]] >> 1
+                else:
+                    walk = visits.table(mask.transposed(), config.rows, 392, 136, config.block_k)
+                    first, *_, last = np.asarray(walk)[min(b, walk.shape[0] - 1), t]
+                    tiles = range(first, last)
+                for i in tiles:
+                    turn = np.asarray(found)[min(b, found.shape[0] - 1), min(h, found.shape[1] - 1), t, i]
+                    assert turn == seen[b, h, i]
+                    seen[b, h, i] += 1
+
+
+def test_every_configuration_fits_the_shared_memory():
+    """All head dims, with dropout and without; what a kernel needs beside this count is small, and its lowering refuses more."""
+    from pallas_kernels import backward_tuning
+    from pallas_kernels.tuning import SHARED_MEMORY
+
+    for E in range(8, 257, 8):
+        for Ev in range(8, 257, 8):
+            for masked, drops, bias_bytes in [(False, False, 0), (True, True, 0), (True, True, 2), (False, False, 4)]:
+                facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops, "bias_bytes": bias_bytes}
+                config = backward_tuning.backward_config(**facts, masked=masked)
+                for kernel in ("dq", "dkv", "dk", "dv"):
+                    own = getattr(config, kernel)
+                    assert own is None or backward_tuning.shared_bytes(kernel, own, **facts) <= SHARED_MEMORY, (kernel, E, Ev)
+
+
+@pytest.mark.parametrize(("E", "Ev"), [(256, 256), (256, 240), (192, 192), (192, 128), (128, 128), (64, 64), (16, 256)])
+def test_the_widest_calls_lower(E, Ev):
+    problem = make(128, 128, B=1, Hq=1, E=E, Ev=Ev).rounded(jnp.bfloat16)
+    run, args = kernels(problem, mask=causal(), key=jax.random.key(0), p=0.1, interpret=False)
+    assert jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") >= 2
+
+
+@pytest.mark.parametrize("wants", [("query",), ("key",), ("value",), ("query", "value")])
+def test_what_nobody_asks_for_is_not_made(wants):
+    problem = make(72, 136, B=1, Hq=1, E=64).rounded(jnp.bfloat16)
+    run, args = kernels(problem, wants=wants, interpret=False)
+    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == len(wants)
+    got = on_kernels(problem, wants=wants)
+    assert set(got) == set(wants)
+    hold(problem, got)
+
+
+@pytest.mark.parametrize("name", ["three query heads a group, causal", "dropout in groups, window, lengths", "E 256", "dense mask"])
+def test_the_kernels_lower_for_cuda_also_with_x64(name):
+    problem, options = CASES[name]()
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            run, args = kernels(problem, **options, interpret=False)
+            text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") >= 2
