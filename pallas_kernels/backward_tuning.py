@@ -59,7 +59,8 @@ def shared_bytes(
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
     ring = config.bias_stages * config.rows * config.block_k * bias_bytes
     if kernel == "dq":
-        return 2 * (config.rows + config.stages * config.block_k) * (E + Ev) + ring
+        stored = config.rows * config.block_k * bias_bytes  # a tile of the bias's gradient on its way out
+        return 2 * (config.rows + config.stages * config.block_k) * (E + Ev) + ring + stored
     q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
     own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
     tiles = config.block_k * (q_stages * E + config.stages * Ev)

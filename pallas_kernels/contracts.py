@@ -122,7 +122,8 @@ class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
     ahead: tiles of Q in memory beyond those of dO (dk, dv). half: p waits in half precision for the next step there. masks_all:
-    every tile is masked, without a branch. ordered: the fused kernel's additions to a tile of dq happen in the order of the key tiles, so that the same call gives the same bits.
+    every tile is masked, without a branch. ordered: the fused kernel's additions to a tile of dq happen in the order of the key
+    tiles, so that the same call gives the same bits.
     """
 
     block_k: int = 64
