@@ -64,6 +64,7 @@ def dkv(
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     group, drops = shape.group, shape.dropout_p > 0
     q_stages = stages if fused else stages + config.ahead
+    do_stages = stages if fused else config.brief_stages
     needs_v = "dk" in wants
     by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
     part = (bk, E) if by_rows else (bq, E // n_wg)
@@ -190,7 +191,7 @@ def dkv(
 
             def step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, sums: Any, last: bool = False) -> Any:
                 rows, (r_next, i_next) = rows_at(r), advanced(r, i)
-                now, following, do_now = slot(n, q_stages), slot(n + 1, q_stages), slot(n, stages)
+                now, following, do_now = slot(n, q_stages), slot(n + 1, q_stages), slot(n, do_stages)
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
                 dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
@@ -270,7 +271,7 @@ def dkv(
 
             def step(n: Any, carried: Any) -> Any:
                 r, i = carried
-                h, t, now, do_now = head(r), walk(r).tile(i), slot(n, q_stages), slot(n, stages)
+                h, t, now, do_now = head(r), walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
                 pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(q_ref, b, t * bq, bq, h), q_s.at[now], q_ready.at[now])
                 for ref, target in ((numbers_ref, numbers_s), (words_ref, words_s)):
@@ -279,12 +280,12 @@ def dkv(
                             ref.at[b, h, pl.ds(0, target.shape[1]), pl.ds(t * bq, bq)], target.at[now], q_ready.at[now]
                         )
                 operands.bring_bias(refs, config, b, h, key_tile, t, n)
-                pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
+                pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
                 plgpu.copy_gmem_to_smem(at(do_ref, b, t * bq, bq, h), do_s.at[do_now], do_ready.at[do_now])
                 return advanced(r, i)
 
             lax.fori_loop(zero, steps, step, (zero, zero))
-            for free, of in ((q_free, q_stages), (do_free, stages)):  # every completed phase must be waited for
+            for free, of in ((q_free, q_stages), (do_free, do_stages)):  # every completed phase must be waited for
                 wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
                 lax.fori_loop(visits.greatest(steps - of, 0) + zero, steps, wait, None)
             operands.wait_for_bias(refs, config, steps)
@@ -323,7 +324,7 @@ def dkv(
             "k_s": tile((config.rows,), E, dtype),
             **({"v_s": tile((config.rows,), Ev, dtype)} if needs_v or own_dv else {}),
             "q_s": tile((q_stages, bq), E, dtype),
-            "do_s": tile((stages, bq), Ev, dtype),
+            "do_s": tile((do_stages, bq), Ev, dtype),
             "numbers_s": smem((q_stages, operands.numbers, bq), jnp.float32),
             **({"sum_s": smem((n_wg, bk), jnp.float32)} if adds_up else {}),
             **operands.bias_ring(config),
@@ -335,9 +336,9 @@ def dkv(
             } if fused else {}),
             "kv_ready": barrier(num_arrivals=2 if needs_v else 1),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=q_stages),
-            "do_ready": barrier(num_barriers=stages),
+            "do_ready": barrier(num_barriers=do_stages),
             "q_free": barrier(num_arrivals=n_wg, num_barriers=q_stages),
-            "do_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+            "do_free": barrier(num_arrivals=n_wg, num_barriers=do_stages),
         },
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,

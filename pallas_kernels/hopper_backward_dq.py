@@ -56,6 +56,7 @@ def dq(
     """
     B, Hq, E, Ev, dtype = shape.batch, shape.q_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
+    v_stages = config.brief_stages
     items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), 1)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
@@ -75,8 +76,8 @@ def dq(
         base = row_tile * config.rows + wg * bq
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
 
-        def slot(n: Any) -> Any:
-            return lax.rem(n, np.int32(stages))
+        def slot(n: Any, of: int = stages) -> Any:
+            return lax.rem(n, np.int32(of))
 
         def compute() -> None:
             plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_s.at[wg], own_ready.at[wg])
@@ -120,11 +121,11 @@ def dq(
 
             def step(i: Any, carried: Any) -> Any:
                 acc, ds, sums = carried
-                now, before, packed = slot(i), slot(i - 1), rows.keep_words(i)
+                now, before, v_now, packed = slot(i), slot(i - 1), slot(i, v_stages), rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 carried = products.queries_step(
-                    q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[now], acc, ds, k_s.at[before],
-                    before_v=lambda: plgpu.barrier_wait(v_ready.at[now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[now]),
+                    q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
+                    before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
                     probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=i, packed=packed),
                     gradient=functools.partial(gradient, i=i), sums=sums,
                 )  # fmt: skip
@@ -167,13 +168,14 @@ def dq(
                 operands.bring_bias(refs, config, b, h, row_tile, t, i)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[now]))
-                plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[now], v_ready.at[now])
+                v_now = slot(i, v_stages)
+                pl.when(i >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_now]))
+                plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[v_now], v_ready.at[v_now])
 
             lax.fori_loop(zero, walk.steps + zero, step, None)
-            for free in (k_free, v_free):  # every completed phase must be waited for before the program ends
-                wait = lambda n, _, free=free: plgpu.barrier_wait(free.at[slot(n)])  # noqa: E731
-                lax.fori_loop(visits.greatest(walk.steps - stages, 0) + zero, walk.steps + zero, wait, None)
+            for free, of in ((k_free, stages), (v_free, v_stages)):  # every completed phase must be waited for
+                wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
+                lax.fori_loop(visits.greatest(walk.steps - of, 0) + zero, walk.steps + zero, wait, None)
             operands.wait_for_bias(refs, config, walk.steps + zero)
 
         @pl.when(wg < n_wg)
@@ -205,12 +207,12 @@ def dq(
             "q_s": tile((n_wg, bq), E, dtype),
             "do_s": tile((n_wg, bq), Ev, dtype),
             "k_s": tile((stages, bk), E, dtype),
-            "v_s": tile((stages, bk), Ev, dtype),
+            "v_s": tile((v_stages, bk), Ev, dtype),
             "own_ready": barrier(num_arrivals=2, num_barriers=n_wg),
             "k_ready": barrier(num_barriers=stages),
-            "v_ready": barrier(num_barriers=stages),
+            "v_ready": barrier(num_barriers=v_stages),
             "k_free": barrier(num_arrivals=n_wg, num_barriers=stages),
-            "v_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+            "v_free": barrier(num_arrivals=n_wg, num_barriers=v_stages),
             **({"sum_s": plgpu.SMEM((n_wg, bq), jnp.float32)} if adds_up else {}),
             **operands.bias_ring(config),
             **({"ds_s": operands.bias_tile((n_wg, bq), bk)} if stores else {}),

@@ -48,9 +48,12 @@ class BackwardWgmma(Wgmma):
 
     def queries_step(
         self, q: Any, k: Any, dout: Any, v: Any, dq: Any, ds: Any, k_before: Any, *, before_v: Callable[[], None],
-        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Gradient, sums: Sequence[Any] = (),
+        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Gradient, sums: Sequence[Any] = (), plain: bool = False,
     ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
-        """(dq + ds @ k_before, the next ds, the next sums): tiles (queries, keys); ds in half precision, in registers."""
+        """(dq + ds @ k_before, the next ds, the next sums): tiles (queries, keys); ds in half precision, in registers.
+
+        plain: that product is behind before the others begin: 16 registers less.
+        """
         if self.interpret:
             state = probabilities(self.scores(q, k))
             before_v()
@@ -66,9 +69,14 @@ class BackwardWgmma(Wgmma):
                 plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
                 before_v()
                 plgpu.wgmma(dp_ref, dout, v.transpose((1, 0)))
+                if not plain:
+                    plgpu.wgmma(dq_ref, ds, k_before)
+                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if plain else 2))
+                return state, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if plain else 1)
+
+            if plain:
                 plgpu.wgmma(dq_ref, ds, k_before)
-                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=2))
-                return state, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                plgpu.wgmma_wait(0)
 
             shape = (q.shape[0], k.shape[0])
             state, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
