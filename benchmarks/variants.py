@@ -96,7 +96,12 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
             "fused, any order, three stages": dataclasses.replace(loose, stages=3),
             "fused, any order, float32 p": dataclasses.replace(loose, half=False),
         }.items():
-            found[name] = of(fused=own)
+            found[name] = of(fused=backward_tuning.fitted("fused", own, head_dim=case.head_dim, value_head_dim=case.head_dim))
+    if case.head_dim == 256:
+        found["dq not plain"] = of(dq=WalkConfig(masks_all=True, brief=1))
+        found["dq one warpgroup"] = of(dq=WalkConfig(warpgroups=1, masks_all=True))
+        found["dk, dv one warpgroup"] = of(dk=WalkConfig(warpgroups=1, masks_all=True, half=True))
+        found["dk, dv three of dO"] = of(dv=WalkConfig(masks_all=True, stages=3, ahead=0, brief=2))
     if case.head_dim == 64:
         found["dkv 128 queries"] = of(dkv=WalkConfig(half=True, masks_all=True, block_k=128))
         found["dq three warpgroups"] = of(dq=WalkConfig(warpgroups=3, registers=(160, 32)))
@@ -144,7 +149,7 @@ def export_all(directory: pathlib.Path, only: str, backward: bool) -> None:
             row = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
             for name, config in backward_variants(case).items():
                 for part, wants in PARTS.items():
-                    if part == "all" or part.split(",")[0] in name or name == "tuned":
+                    if part == "all" or part.split(",")[0] in name.replace("dkv", "dk") or name == "tuned":
                         add(case, f"{name}: {part}", functools.partial(backward_call, case, config, wants), q, k, v, q, row, row)
             continue
         (q, k, v), more = jax.eval_shape(lambda case=case: operands(case))

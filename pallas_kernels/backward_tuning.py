@@ -32,14 +32,23 @@ def backward_config(
     elif wide <= 192:
         dq = dk = dv = WalkConfig(masks_all=True)
     else:
-        dq = dk = WalkConfig(warpgroups=1, masks_all=True, half=True)
+        # not measured: two warpgroups that spill 170 to 400 bytes, not one that spills 60 to 270 with nobody to fill its gaps
+        dq = WalkConfig(masks_all=True, brief=1, plain=True)
+        dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)
         dv = WalkConfig(masks_all=True)
     found = {"dq": dq, "dkv": dkv, "dk": dk, "dv": dv}
     dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "bias_bytes": bias_bytes}
     return BackwardConfig(**{name: own and fitted(name, own, **dims) for name, own in found.items()})  # type: ignore[arg-type]
 
 
-LESS: tuple[dict[str, Any], ...] = ({"bias_stages": 1}, {"stages": 2}, {"ahead": 0}, {"block_k": 64}, {"warpgroups": 1})
+LESS: tuple[dict[str, Any], ...] = (
+    {"bias_stages": 1},
+    {"stages": 2},
+    {"brief": 1},
+    {"ahead": 0},
+    {"block_k": 64},
+    {"warpgroups": 1},
+)
 """What a configuration gives up, in this order, until it fits the shared memory."""
 
 
@@ -59,10 +68,12 @@ def shared_bytes(
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
     ring = config.bias_stages * config.rows * config.block_k * bias_bytes
     if kernel == "dq":
-        return 2 * (config.rows + config.stages * config.block_k) * (E + Ev) + ring
+        stored = config.rows * config.block_k * bias_bytes  # a tile of the bias's gradient on its way out
+        tiles = config.block_k * (config.stages * E + config.brief_stages * Ev)
+        return 2 * (config.rows * (E + Ev) + tiles) + ring + stored
     q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
     own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
-    tiles = config.block_k * (q_stages * E + config.stages * Ev)
+    tiles = config.block_k * (q_stages * E + (config.stages if kernel == "fused" else config.brief_stages) * Ev)
     numbers = 4 * q_stages * config.block_k * ((3 if bias_bytes else 2) + (2 if drops else 0))
     dq = 2 * 2 * config.rows * config.block_k + 4 * config.block_k * E if kernel == "fused" else 0
     return 2 * (own + tiles) + numbers + dq + ring

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backward_tuning
+from pallas_kernels import backward_tuning, dense
 from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig
 from pallas_kernels.flash_attention import hidden_by, longer, up
 
@@ -23,12 +23,15 @@ def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array | None, heads_ax
 
 def backward(
     query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, *, layout: str,
-    scale: Any, softcap: float | None = None, mask: Any = None, keep: Any = None, seeds: Any = None, dropout_p: float = 0.0,
-    generator: Any = None, wants: tuple[str, ...] = WANTS, config: BackwardConfig | None = None, interpret: Any = None,
+    scale: Any, softcap: float | None = None, mask: Any = None, bias: Any = None, row_sum: Any = None, keep: Any = None,
+    seeds: Any = None, dropout_p: float = 0.0, generator: Any = None, wants: tuple[str, ...] = WANTS,
+    config: BackwardConfig | None = None, interpret: Any = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
-    """{'query': dq, 'key': dk, 'value': dv} by the Hopper kernels, those of `wants`; arguments as in `flash_attention.forward`.
+    """{'query': dq, 'key': dk, 'value': dv, 'bias': dbias} by the Hopper kernels, those of `wants`; arguments as in
+    `flash_attention.forward`.
 
-    dout: as out, in query's dtype. lse, delta: (B, Hq, L) float32, of the forward and of `row_deltas`.
+    dout: as out, in query's dtype. lse, delta: (B, Hq, L) float32, of the forward and of `row_deltas`. With a bias p is
+    exp(s - lse) / row_sum: lse may be the row's maximum, because that of a row of -1e9 has lost the logarithm of its sum.
 
     Rows that attend to nothing (lse = -inf) give and get zeros, if query and dout are numbers there.
     """
@@ -45,9 +48,11 @@ def backward(
         dout = jnp.zeros_like(dout)
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
+    bias_kind = None if bias is None else dense.kind(bias)
     if config is None:
         config = backward_tuning.backward_config(
-            head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None, drops=drops
+            head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None, drops=drops,
+            bias_bytes=dense.tile_bytes(bias),
         )  # fmt: skip
     static_scale = scale if isinstance(scale, float) else None
     shape = ForwardShape(
@@ -57,35 +62,77 @@ def backward(
         longer(query, {length_axis: up(L, 8), 3: up(E, 16)}), longer(key, {length_axis: up(S, 8), 3: up(E, 16)}),
         longer(value, {length_axis: up(S, 8), 3: up(Ev, 16)}), longer(dout, {length_axis: up(L, 8), 3: up(Ev, 16)}),
     ]  # fmt: skip
-    kernels = _kernels(config, wants, shape.head_dim)
-    length = max(up(L, own.rows if name == "query" else own.block_k) for names, own in kernels for name in names)
-    if drops:
-        delta = delta / hopper_operands.survivor_scale(shape, generator)
-    given.append(hopper_operands.row_numbers(lse, delta, length))
-    more = {"keep": keep, "seeds": seeds, "scale": None if static_scale is not None else scale, "generator": generator}
-
-    found: dict[str, jax.Array] = {}
+    kernels = _kernels(config, wants, shape.head_dim, bias_kind)
+    length = max((up(L, own.rows if name == "query" else own.block_k) for names, own in kernels for name in names), default=0)
+    survivors = hopper_operands.survivor_scale(shape, generator)
+    given.append(
+        hopper_operands.row_numbers(lse, delta / survivors if drops else delta, length, row_sum if bias is not None else None)
+    )
+    more = {
+        "keep": keep, "bias": bias, "seeds": seeds, "scale": None if static_scale is not None else scale, "generator": generator
+    }  # fmt: skip
+    found: dict[str, Any] = {}
     for names, own in kernels:
-        operands = hopper_operands.Operands.of(
-            shape, own, mask, **more, transposed=names != ("query",), ordered=names == WANTS and own.ordered
-        )
-        if names == ("query",):
-            found["query"] = dq(shape, own, operands, interpret=interpret)(*given, *operands.arrays)
-            continue
         fused = names == WANTS
-        words = [hopper_operands.query_words(generator, operands.seeds, length)] if drops else []
-        outs = {"key": "dk", "value": "dv"}
-        keys = tuple(name for name in names if name != "query")
-        run = dkv(shape, own, operands, wants=tuple(outs[name] for name in keys), fused=fused, interpret=interpret)
-        if not fused:
-            results = run(*given, *words, *operands.arrays)
+        operands = hopper_operands.Operands.of(
+            shape, own, mask, **more, transposed=names != ("query",), ordered=fused and own.ordered
+        )  # fmt: skip
+        sums = "bias" in wants and bias_kind in (("row", "scalar") if names == ("query",) else ("column",))
+        if names == ("query",):
+            stores = "bias" in wants and bias_kind == "tile"
+            run = dq(shape, own, operands, adds_up=sums, stores=stores, interpret=interpret)
+            arguments = [*given, *operands.arrays]
+            if stores:
+                results, found["bias"] = _written(bias, operands.bias, run, arguments, interpret)
+            else:
+                results = run(*arguments)
         else:
-            results, sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, [*given, *words, *operands.arrays], interpret)
-            dq_rows = (sums * (scale_of_sums(scale) * hopper_operands.survivor_scale(shape, generator))).astype(query.dtype)
-            found["query"] = dq_rows if heads_axis == 1 else jnp.swapaxes(dq_rows, 1, 2)
-        found |= dict(zip(keys, results, strict=True))
-    like = {"query": query, "key": key, "value": value}
-    return {name: jax.lax.slice(x, (0, 0, 0, 0), like[name].shape) for name, x in found.items()}
+            words = [hopper_operands.query_words(generator, operands.seeds, length)] if drops else []
+            arguments = [*given, *words, *operands.arrays]
+            outs = {"key": "dk", "value": "dv"}
+            keys = tuple(name for name in names if name != "query")
+            run = dkv(
+                shape, own, operands, wants=tuple(outs[name] for name in keys), fused=fused, adds_up=sums and "key" in keys,
+                interpret=interpret,
+            )  # fmt: skip
+            if fused:
+                results, dq_sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, arguments, interpret)
+                dq_sums = (dq_sums * (scale_of_sums(scale) * survivors)).astype(query.dtype)
+                found["query"] = dq_sums if heads_axis == 1 else jnp.swapaxes(dq_sums, 1, 2)
+            else:
+                results = run(*arguments)
+            names, sums = keys, sums and "key" in keys
+        if sums:
+            *results, per_row = results
+            found["bias"] = summed_like(bias, per_row[:, :, : S if bias_kind == "column" else L] * survivors)
+        found |= dict(zip(names, results, strict=True))
+    like = {"query": query, "key": key, "value": value, "bias": bias}
+    return {name: jax.lax.slice(found[name], (0, 0, 0, 0), like[name].shape) for name in wants}
+
+
+def takes_bias_gradient(batch: int, q_heads: int, bias_shape: tuple[int, ...]) -> bool:
+    """Whether a kernel makes the gradient of a bias (B|1, Hq|1, L|1, S|1): not of one as large as the scores of one head that
+    others share."""
+    return bias_shape[2] == 1 or bias_shape[3] == 1 or tuple(bias_shape[:2]) == (batch, q_heads)
+
+
+def summed_like(bias: Any, per_row: jax.Array) -> jax.Array:
+    """The gradient of a bias of queries or of keys: (B, Hq, rows), a number for each, summed over what the bias shares."""
+    if dense.kind(bias) == "scalar":
+        per_row = per_row.sum(2, keepdims=True)
+    shared = tuple(axis for axis, size in enumerate(bias.shape[:2]) if size == 1)
+    return per_row.sum(shared, keepdims=True).reshape(bias.shape).astype(bias.dtype)
+
+
+def _written(bias: Any, facts: Any, run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, what it writes tile by tile into zeros like the padded bias)."""
+    shape = (*bias.shape[:2], *facts.shape)
+    if interpret is not None:
+        *results, tiles = run(*given)
+        return results, jnp.where(jnp.isnan(tiles), 0, tiles)  # where no tile was written
+    zeros = jax.new_ref(jnp.zeros(shape, bias.dtype))
+    results = run(*given, zeros)
+    return results, jax.freeze(zeros)
 
 
 def scale_of_sums(scale: Any) -> Any:
@@ -104,12 +151,17 @@ def added_into(shape: tuple[int, ...], run: Any, given: list[Any], interpret: An
     return results, jax.freeze(sums)
 
 
-def _kernels(config: BackwardConfig, wants: tuple[str, ...], head_dim: int) -> list[tuple[tuple[str, ...], WalkConfig]]:
-    """What each kernel to be run makes, and how."""
-    if set(wants) == set(WANTS) and config.fused is not None and config.can_fuse(head_dim):
+def _kernels(
+    config: BackwardConfig, wants: tuple[str, ...], head_dim: int, bias_kind: str | None
+) -> list[tuple[tuple[str, ...], WalkConfig]]:
+    """What each kernel to be run makes, and how; a bias's gradient comes beside dq, that of a bias of keys beside dk."""
+    if set(wants) == set(WANTS) and config.fused is not None and config.can_fuse(head_dim) and bias_kind is None:
         return [(WANTS, config.fused)]
-    kernels: list[tuple[tuple[str, ...], WalkConfig]] = [(("query",), config.dq)] if "query" in wants else []
-    keys = tuple(name for name in ("key", "value") if name in wants)
+    needed = set(wants)
+    if "bias" in wants:
+        needed.add("key" if bias_kind == "column" else "query")
+    kernels: list[tuple[tuple[str, ...], WalkConfig]] = [(("query",), config.dq)] if "query" in needed else []
+    keys = tuple(name for name in ("key", "value") if name in needed)
     if len(keys) == 2 and config.dkv is not None:
         return [*kernels, (keys, config.dkv)]
     return [*kernels, *(((name,), config.dk if name == "key" else config.dv) for name in keys)]

@@ -37,23 +37,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
-from pallas_kernels.hopper_backward_dq import DELTA, LSE
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_memory import rows_of, tile
-from pallas_kernels.hopper_operands import Operands, survivor_scale
-from pallas_kernels.hopper_scores import COLUMN, TILE, filled, walk_of
+from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, survivor_scale
+from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, walk_of
 from pallas_kernels.visits import cdiv
 
 
 def dkv(
     shape: ForwardShape, config: WalkConfig, operands: Operands, *, wants: tuple[str, ...] = ("dk", "dv"), fused: bool = False,
-    interpret: Any = None,
+    adds_up: bool = False, interpret: Any = None,
 ) -> Callable[..., list[jax.Array]]:  # fmt: skip
     """A function (query, key, value, dout, numbers, words, *operands.arrays) -> the arrays of `wants`, as long as key is.
 
     fused: dq / scale as well. The function takes behind all others a reference to zeros (B, Hq, whole query tiles, E) float32, into
     which it adds. The interpreter knows no reduce-add: there, it is one more result, with a leading dim of key tiles to be summed.
+
+    adds_up: and, behind the others, ds summed over the queries of each head, (B, Hq, whole key tiles) float32, for a bias of keys;
+    with dk only.
 
     Rows are keys: config.block_q of them a warpgroup, config.block_k queries a tile; `operands` are transposed. numbers: as for
     `dq`, to whole tiles; words: dropout's of every query, (B, Hq, 2, as long) uint32, or None.
@@ -62,6 +64,7 @@ def dkv(
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     group, drops = shape.group, shape.dropout_p > 0
     q_stages = stages if fused else stages + config.ahead
+    do_stages = stages if fused else config.brief_stages
     needs_v = "dk" in wants
     by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
     part = (bk, E) if by_rows else (bq, E // n_wg)
@@ -74,16 +77,17 @@ def dkv(
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
                do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
-               ds_ready: Any = None) -> None:  # fmt: skip
+               ds_ready: Any = None, sum_s: Any = None, **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         words_ref = more.pop(0) if drops else None
-        dq_ref = None
+        dq_ref: Any = None
         if fused:  # behind the inputs, or behind the results
-            dq_ref = more.pop(-len(wants) - 1) if interpret is None else more.pop()
+            dq_ref = cast(Any, more.pop(-len(wants) - 1) if interpret is None else more.pop())
+        sum_ref = cast(Any, more.pop() if adds_up else None)
         own_refs = more[: -len(wants)]
-        refs = operands.refs(own_refs)
+        refs = operands.refs(own_refs, ring)
         counts = plgpu.SemaphoreType.REGULAR((B * shape.q_heads * q_tiles * n_wg,))
-        done = cast(Any, pl.get_global(counts) if ordered else None)
+        done = [pl.get_global(counts)] if ordered else []
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
         wg = lax.axis_index("wg")
         b, kv_head, from_behind = items.at(lax.axis_index("program"), 0)
@@ -121,9 +125,10 @@ def dkv(
                 found = plgpu.load(ref, layout=COLUMN)  # pyright: ignore[reportCallIssue] (0.10 had an index)
                 return lax.broadcast_in_dim(found, (bk, bq), [1])
 
-            def probabilities(s: Any, r: Any, i: Any, now: Any, packed: Any) -> Any:
+            def probabilities(s: Any, r: Any, i: Any, n: Any, now: Any, packed: Any) -> Any:
+                which = (LSE, SUM)[: operands.numbers - 1]
                 found = rows_at(r).probabilities(
-                    s, lambda: column(numbers_s.at[now, LSE]), i=i, packed=packed,
+                    s, lambda: tuple(column(numbers_s.at[now, one]) for one in which), i=i, number=n, packed=packed,
                     query_words=lambda: (column(words_s.at[now, 0]), column(words_s.at[now, 1])),
                     existing=shape.key_len if fused and shape.key_len % config.rows else None,
                 )  # fmt: skip
@@ -131,7 +136,7 @@ def dkv(
 
             def done_at(r: Any, i: Any) -> Any:
                 """How many key tiles have added to this warpgroup's part of the tile of dq."""
-                return done.at[((b * shape.q_heads + head(r)) * q_tiles + rows_at(r).walk.tile(i)) * n_wg + wg]
+                return done[0].at[((b * shape.q_heads + head(r)) * q_tiles + rows_at(r).walk.tile(i)) * n_wg + wg]
 
             def spread(n: Any, r: Any, i: Any) -> Spread:
                 own, buffer = pl.ds(wg * bk, bk), slot(n, 2)
@@ -165,22 +170,41 @@ def dkv(
 
                 return Spread(part, put, take, give)
 
-            def step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, last: bool = False) -> Any:
+            def gradient(rows: Any, now: Any, state: Any, dp: Any, *sums: Any) -> tuple[Any, ...]:
+                ds = rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA]))
+                return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
+
+            def store_sums(r: Any, i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+                """The sums, stored and begun anew where a head's last step is done."""
+                if not sums:
+                    return sums
+                ends = i + 1 == walk(r).steps
+
+                @pl.when(ends & (base < shape.key_len))  # a contiguous copy is clipped at the end of the whole array only
+                def _() -> None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    sum_s[wg] = sums[0]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(sum_s.at[wg], sum_ref.at[b, head(r), pl.ds(base, bk)])
+
+                return (lax.cond(ends, lambda _: filled((bk,), 0.0, ROW), lambda total: total, sums[0]),)
+
+            def step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, sums: Any, last: bool = False) -> Any:
                 rows, (r_next, i_next) = rows_at(r), advanced(r, i)
-                now, following, do_now = slot(n, q_stages), slot(n + 1, q_stages), slot(n, stages)
+                now, following, do_now = slot(n, q_stages), slot(n + 1, q_stages), slot(n, do_stages)
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
-                dk, dv, state = products.keys_step(
+                dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
                     before_dout=lambda: plgpu.barrier_wait(do_ready.at[do_now]),
                     after_dout=lambda: plgpu.barrier_arrive(do_free.at[do_now]),
                     before_next=lambda: plgpu.barrier_wait(q_ready.at[following]),
                     weights=rows.weights,
-                    gradient=lambda state, dp: rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA])),
-                    probabilities=lambda s: probabilities(s, r_next, i_next, following, packed),
+                    gradient=functools.partial(gradient, rows, now), sums=sums,
+                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed),
                 )  # fmt: skip
                 products.read()
                 plgpu.barrier_arrive(q_free.at[now])
-                return r_next, i_next, dk, dv, state
+                return r_next, i_next, dk, dv, state, store_sums(r, i, sums)
 
             def fused_step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, dp: Any, last: bool = False) -> Any:
                 rows, (r_next, i_next) = rows_at(r), advanced(r, i)
@@ -200,8 +224,8 @@ def dkv(
                     k_own, q_s.at[now], v_own, do_s.at[now], dk, dv, state, dp,
                     None if last else (q_s.at[following], do_s.at[following]), dtype=dtype, free=free, before_next=before_next,
                     weights=rows.weights,
-                    gradient=lambda state, dp: rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA])),
-                    probabilities=lambda s: probabilities(s, r_next, i_next, following, packed), spread=spread(n, r, i),
+                    gradient=functools.partial(gradient, rows, now),
+                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed), spread=spread(n, r, i),
                 )  # fmt: skip
                 if ordered:  # the addition has had the time of s, dp and p to get there
                     plgpu.wait_smem_to_gmem(0)
@@ -211,7 +235,7 @@ def dkv(
             packed = rows_at(zero).keep_words(zero)
             plgpu.barrier_wait(kv_ready)
             plgpu.barrier_wait(q_ready.at[0])
-            state = probabilities(products.scores(k_own, q_s.at[0]), zero, zero, zero, packed)
+            state = probabilities(products.scores(k_own, q_s.at[0]), zero, zero, zero, zero, packed)
             products.read()
             dk = filled((bk, E), 0.0, TILE) if "dk" in wants else None
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
@@ -219,6 +243,8 @@ def dkv(
             if fused:
                 plgpu.barrier_wait(do_ready.at[0])
                 carried += (products.scores(v_own, do_s.at[0]),)
+            else:
+                carried += ((filled((bk,), 0.0, ROW),) if adds_up else (),)
             one = fused_step if fused else step
             carried = lax.fori_loop(zero, steps - 1, lambda n, carried: one(n, *carried), carried)
             _, _, dk, dv, *_ = one(steps - 1, *carried, last=True)
@@ -245,20 +271,24 @@ def dkv(
 
             def step(n: Any, carried: Any) -> Any:
                 r, i = carried
-                h, t, now, do_now = head(r), walk(r).tile(i), slot(n, q_stages), slot(n, stages)
+                h, t, now, do_now = head(r), walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
                 pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(q_ref, b, t * bq, bq, h), q_s.at[now], q_ready.at[now])
                 for ref, target in ((numbers_ref, numbers_s), (words_ref, words_s)):
                     if ref is not None:
-                        plgpu.copy_gmem_to_smem(ref.at[b, h, pl.ds(0, 2), pl.ds(t * bq, bq)], target.at[now], q_ready.at[now])
-                pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
+                        plgpu.copy_gmem_to_smem(
+                            ref.at[b, h, pl.ds(0, target.shape[1]), pl.ds(t * bq, bq)], target.at[now], q_ready.at[now]
+                        )
+                operands.bring_bias(refs, config, b, h, key_tile, t, n)
+                pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
                 plgpu.copy_gmem_to_smem(at(do_ref, b, t * bq, bq, h), do_s.at[do_now], do_ready.at[do_now])
                 return advanced(r, i)
 
             lax.fori_loop(zero, steps, step, (zero, zero))
-            for free, of in ((q_free, q_stages), (do_free, stages)):  # every completed phase must be waited for
+            for free, of in ((q_free, q_stages), (do_free, do_stages)):  # every completed phase must be waited for
                 wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
                 lax.fori_loop(visits.greatest(steps - of, 0) + zero, steps, wait, None)
+            operands.wait_for_bias(refs, config, steps)
 
         @pl.when(wg < n_wg)
         def _compute() -> None:
@@ -282,7 +312,10 @@ def dkv(
         sizes.append((items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E))
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct(size, dtype if len(size) == 4 else jnp.float32) for size in sizes],
+        out_type=[
+            *(jax.ShapeDtypeStruct(size, dtype if len(size) == 4 else jnp.float32) for size in sizes),
+            *([jax.ShapeDtypeStruct((B, shape.q_heads, items.row_tiles * config.rows), jnp.float32)] if adds_up else []),
+        ],
         grid=(items.programs,),
         grid_names=("program",),
         num_threads=n_wg + 1,
@@ -291,8 +324,10 @@ def dkv(
             "k_s": tile((config.rows,), E, dtype),
             **({"v_s": tile((config.rows,), Ev, dtype)} if needs_v or own_dv else {}),
             "q_s": tile((q_stages, bq), E, dtype),
-            "do_s": tile((stages, bq), Ev, dtype),
-            "numbers_s": smem((q_stages, 2, bq), jnp.float32),
+            "do_s": tile((do_stages, bq), Ev, dtype),
+            "numbers_s": smem((q_stages, operands.numbers, bq), jnp.float32),
+            **({"sum_s": smem((n_wg, bk), jnp.float32)} if adds_up else {}),
+            **operands.bias_ring(config),
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
             **({
                 "ds_s": tile((2, config.rows), bq, dtype),
@@ -301,9 +336,9 @@ def dkv(
             } if fused else {}),
             "kv_ready": barrier(num_arrivals=2 if needs_v else 1),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=q_stages),
-            "do_ready": barrier(num_barriers=stages),
+            "do_ready": barrier(num_barriers=do_stages),
             "q_free": barrier(num_arrivals=n_wg, num_barriers=q_stages),
-            "do_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+            "do_free": barrier(num_arrivals=n_wg, num_barriers=do_stages),
         },
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
@@ -32,37 +33,51 @@ from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_memory import rows_of, tile
-from pallas_kernels.hopper_operands import Operands
+from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, survivor_scale
 from pallas_kernels.hopper_scores import ROW, TILE, filled, walk_of
 from pallas_kernels.visits import cdiv
 
-LSE, DELTA = 0, 1  # what the two numbers of a query row are (`hopper_operands.row_numbers`)
 
+def dq(
+    shape: ForwardShape,
+    config: WalkConfig,
+    operands: Operands,
+    *,
+    adds_up: bool = False,
+    stores: bool = False,
+    interpret: Any = None,
+) -> Callable[..., list[jax.Array]]:
+    """A function (query, key, value, dout, numbers, *operands.arrays) -> [dq, as long as query is].
 
-def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret: Any = None) -> Callable[..., jax.Array]:
-    """A function (query, key, value, dout, numbers, *operands.arrays) -> dq, as long as query is.
-
-    Rows are queries. numbers: (B, Hq, 2, whole row tiles) float32, lse in base 2 (+inf for rows that attend to nothing or do not
-    exist) and delta, divided by what dropout scales survivors by.
+    Rows are queries. numbers: `hopper_operands.row_numbers` of whole row tiles, delta divided by what dropout scales survivors by.
+    adds_up: and ds summed over the keys, (B, Hq, whole row tiles) float32, for a bias of queries.
+    stores: ds goes, tile by tile, where the bias lies; a reference to zeros like it comes behind all arguments. The interpreter has
+    it as one more result, unset where no tile was visited.
     """
     B, Hq, E, Ev, dtype = shape.batch, shape.q_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
+    v_stages = config.brief_stages
     items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), 1)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, q_s: Any, do_s: Any, k_s: Any, v_s: Any, own_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any) -> None:  # fmt: skip
-        q_ref, k_ref, v_ref, do_ref, numbers_ref, *more, dq_ref = given
-        refs = operands.refs(more)
+               v_free: Any, sum_s: Any = None, ds_s: Any = None, **ring: Any) -> None:  # fmt: skip
+        q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
+        ds_ref: Any = None
+        if stores:
+            ds_ref = cast(Any, more.pop() if interpret is not None else more.pop(-2 - adds_up))
+        sum_ref = cast(Any, more.pop() if adds_up else None)
+        dq_ref = more.pop()
+        refs = operands.refs(more, ring)
         wg = lax.axis_index("wg")
         b, h, row_tile = items.at(lax.axis_index("program"), 0)
         base = row_tile * config.rows + wg * bq
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
 
-        def slot(n: Any) -> Any:
-            return lax.rem(n, np.int32(stages))
+        def slot(n: Any, of: int = stages) -> Any:
+            return lax.rem(n, np.int32(of))
 
         def compute() -> None:
             plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_s.at[wg], own_ready.at[wg])
@@ -76,39 +91,71 @@ def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret
                 return lax.broadcast_in_dim(found, (bq, bk), [0])
 
             lse, delta = number(LSE), number(DELTA)
-            gradient = lambda state, dp: rows.scores_gradient(state, dp, delta)  # noqa: E731
+            top = (lse, number(SUM)) if operands.numbers == 3 else (lse,)
+
+            def store(ds: Any, i: Any) -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                ds_s[wg] = ds.astype(ds_s.dtype)
+                plgpu.commit_smem()
+                where = (b, h, pl.ds(base, bq), pl.ds(rows.walk.tile(i) * bk, bk))
+                plgpu.copy_smem_to_gmem(ds_s.at[wg], ds_ref.at[where])
+
+            survivors = survivor_scale(shape, operands.generator)
+            # the operand of the product: narrowed while the last one is in flight, ptxas would serialise (C7513)
+            is_operand = stores and survivors == 1 and shape.softcap is None and ds_s.dtype == dtype
+
+            def gradient(state: Any, dp: Any, *sums: Any, i: Any) -> tuple[Any, ...]:
+                ds = rows.scores_gradient(state, dp, delta)
+                if stores and not is_operand:
+                    store(ds * survivors, i)
+                return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
+
             packed = rows.keep_words(0)
             plgpu.barrier_wait(own_ready.at[wg])
             plgpu.barrier_wait(k_ready.at[0])
-            state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[0]), lambda: lse, i=zero, packed=packed)
+            state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[0]), lambda: top, i=zero, number=zero, packed=packed)
             plgpu.barrier_wait(v_ready.at[0])
             dp = products.scores(do_s.at[wg], v_s.at[0])
             plgpu.barrier_arrive(v_free.at[0])
-            ds = gradient(state, dp).astype(dtype)
+            ds, *sums = gradient(state, dp, *([filled((bq,), 0.0, ROW)] if adds_up else []), i=zero)
 
             def step(i: Any, carried: Any) -> Any:
-                acc, ds = carried
-                now, before, packed = slot(i), slot(i - 1), rows.keep_words(i)
+                acc, ds, sums = carried
+                now, before, v_now, packed = slot(i), slot(i - 1), slot(i, v_stages), rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 carried = products.queries_step(
-                    q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[now], acc, ds, k_s.at[before],
-                    before_v=lambda: plgpu.barrier_wait(v_ready.at[now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[now]),
-                    probabilities=lambda s: rows.probabilities(s, lambda: lse, i=i, packed=packed), gradient=gradient,
+                    q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
+                    before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
+                    probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=i, packed=packed),
+                    gradient=functools.partial(gradient, i=i), sums=sums,
                 )  # fmt: skip
                 plgpu.barrier_arrive(k_free.at[before])
+                if is_operand:
+                    store(carried[1], i)
                 return carried
 
-            carried, steps = (filled((bq, E), 0.0, TILE), ds), rows.walk.steps
+            ds = ds.astype(dtype)
+            if is_operand:
+                store(ds, zero)
+            carried, steps = (filled((bq, E), 0.0, TILE), ds, tuple(sums)), rows.walk.steps
             if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
                 carried = lax.fori_loop(1 + zero, steps + zero, step, carried)
             end = slot(steps - 1 + zero)
-            acc, ds = carried
+            acc, ds, sums = carried
             acc = products.add(acc, ds, k_s.at[end])
             plgpu.barrier_arrive(k_free.at[end])
             acc = acc * operands.scale_of(shape, refs, b)
             plgpu.commit_smem()
             q_s[wg] = acc.astype(dtype)  # its rows have been read by all products
+            if adds_up:
+                sum_s[wg] = sums[0]
             plgpu.commit_smem()
+            if adds_up:
+
+                @pl.when(base < shape.query_len)  # a contiguous copy is clipped at the end of the whole array only
+                def _() -> None:
+                    plgpu.copy_smem_to_gmem(sum_s.at[wg], sum_ref.at[b, h, pl.ds(base, bq)])
+
             plgpu.copy_smem_to_gmem(q_s.at[wg], at(dq_ref, b, base, bq, h))
             plgpu.wait_smem_to_gmem(0)
 
@@ -118,15 +165,18 @@ def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret
 
             def step(i: Any, _: Any) -> None:
                 now, t = slot(i), walk.tile(i)
+                operands.bring_bias(refs, config, b, h, row_tile, t, i)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[now]))
-                plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[now], v_ready.at[now])
+                v_now = slot(i, v_stages)
+                pl.when(i >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_now]))
+                plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[v_now], v_ready.at[v_now])
 
             lax.fori_loop(zero, walk.steps + zero, step, None)
-            for free in (k_free, v_free):  # every completed phase must be waited for before the program ends
-                wait = lambda n, _, free=free: plgpu.barrier_wait(free.at[slot(n)])  # noqa: E731
-                lax.fori_loop(visits.greatest(walk.steps - stages, 0) + zero, walk.steps + zero, wait, None)
+            for free, of in ((k_free, stages), (v_free, v_stages)):  # every completed phase must be waited for
+                wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
+                lax.fori_loop(visits.greatest(walk.steps - of, 0) + zero, walk.steps + zero, wait, None)
+            operands.wait_for_bias(refs, config, walk.steps + zero)
 
         @pl.when(wg < n_wg)
         def _compute() -> None:
@@ -144,7 +194,11 @@ def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret
     barrier = plgpu.Barrier
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((B, Hq, rows_out, E) if shape.layout == "BHLE" else (B, rows_out, Hq, E), dtype),
+        out_type=[
+            jax.ShapeDtypeStruct((B, Hq, rows_out, E) if shape.layout == "BHLE" else (B, rows_out, Hq, E), dtype),
+            *([jax.ShapeDtypeStruct((B, Hq, items.row_tiles * config.rows), jnp.float32)] if adds_up else []),
+            *([operands.bias_like((B, Hq))] if stores and interpret is not None else []),
+        ],
         grid=(items.programs,),
         grid_names=("program",),
         num_threads=n_wg + 1,
@@ -153,12 +207,15 @@ def dq(shape: ForwardShape, config: WalkConfig, operands: Operands, *, interpret
             "q_s": tile((n_wg, bq), E, dtype),
             "do_s": tile((n_wg, bq), Ev, dtype),
             "k_s": tile((stages, bk), E, dtype),
-            "v_s": tile((stages, bk), Ev, dtype),
+            "v_s": tile((v_stages, bk), Ev, dtype),
             "own_ready": barrier(num_arrivals=2, num_barriers=n_wg),
             "k_ready": barrier(num_barriers=stages),
-            "v_ready": barrier(num_barriers=stages),
+            "v_ready": barrier(num_barriers=v_stages),
             "k_free": barrier(num_arrivals=n_wg, num_barriers=stages),
-            "v_free": barrier(num_arrivals=n_wg, num_barriers=stages),
+            "v_free": barrier(num_arrivals=n_wg, num_barriers=v_stages),
+            **({"sum_s": plgpu.SMEM((n_wg, bq), jnp.float32)} if adds_up else {}),
+            **operands.bias_ring(config),
+            **({"ds_s": operands.bias_tile((n_wg, bq), bk)} if stores else {}),
         },
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,

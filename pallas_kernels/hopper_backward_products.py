@@ -8,7 +8,7 @@ has its own order (`fused_step`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper_products import Wgmma
 
 State = tuple[Any, ...]  # p, and softcap's slope if there is one: tiles, float32 or, from step to step, halves
+
+Gradient = Callable[..., tuple[Any, ...]]
+"""(state, dp, *sums) -> (ds, *sums): float32; sums are what else adds up over the steps, ds by row for a bias."""
 
 
 def _unset(shape: tuple[int, ...]) -> Any:
@@ -45,55 +48,67 @@ class BackwardWgmma(Wgmma):
 
     def queries_step(
         self, q: Any, k: Any, dout: Any, v: Any, dq: Any, ds: Any, k_before: Any, *, before_v: Callable[[], None],
-        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Callable[[State, Any], Any],
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """(dq + ds @ k_before, the next ds): tiles (queries, keys); ds in half precision, in registers."""
+        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Gradient, sums: Sequence[Any] = (),
+        plain: bool = False,
+    ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
+        """(dq + ds @ k_before, the next ds, the next sums): tiles (queries, keys); ds in half precision, in registers.
+
+        plain: that product is behind before the others begin: 16 registers less.
+        """
         if self.interpret:
             state = probabilities(self.scores(q, k))
             before_v()
             dp = self.scores(dout, v)
             after_v()
-            return self.add(dq, ds, k_before), gradient(state, dp).astype(ds.dtype)
+            new, *sums = gradient(state, dp, *sums)
+            return self.add(dq, ds, k_before), new.astype(ds.dtype), tuple(sums)
 
         def stage(refs: Any) -> None:
-            dq_ref, ds_ref = refs
+            dq_ref, ds_ref, *sum_refs = refs
 
             def products(s_ref: Any, dp_ref: Any) -> Any:
                 plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
                 before_v()
                 plgpu.wgmma(dp_ref, dout, v.transpose((1, 0)))
+                if not plain:
+                    plgpu.wgmma(dq_ref, ds, k_before)
+                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if plain else 2))
+                return state, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if plain else 1)
+
+            if plain:
                 plgpu.wgmma(dq_ref, ds, k_before)
-                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=2))
-                return state, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                plgpu.wgmma_wait(0)
 
             shape = (q.shape[0], k.shape[0])
             state, dp = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
             after_v()
-            ds_ref[...] = lax.optimization_barrier(gradient(state, dp))
+            found = lax.optimization_barrier(gradient(state, dp, *(ref[...] for ref in sum_refs)))
+            for ref, new in zip((ds_ref, *sum_refs), found, strict=True):
+                ref[...] = new
 
-        dq, ds32 = pl.run_state(stage)((plgpu.ACC.init(dq), _unset(ds.shape)))
-        return dq, ds32.astype(ds.dtype)  # narrowed when the product that reads the last ds is done (C7513)
+        dq, ds32, *after = pl.run_state(stage)((plgpu.ACC.init(dq), _unset(ds.shape), *sums))
+        return dq, ds32.astype(ds.dtype), tuple(after)  # narrowed when the product that reads the last ds is done (C7513)
 
     def keys_step(
         self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, q_next: Any, *, dtype: Any,
         before_dout: Callable[[], None], after_dout: Callable[[], None], before_next: Callable[[], None],
-        weights: Callable[[State], Any], gradient: Callable[[State, Any], Any], probabilities: Callable[[Any], State],
-    ) -> tuple[Any, Any, State]:  # fmt: skip
-        """(dk + ds @ q, dv + p @ dout, the next state): tiles (keys, queries); dk or dv None where it is not wanted; q_next None in
-        the last step."""
+        weights: Callable[[State], Any], gradient: Gradient, probabilities: Callable[[Any], State], sums: Sequence[Any] = (),
+    ) -> tuple[Any, Any, State, tuple[Any, ...]]:  # fmt: skip
+        """(dk + ds @ q, dv + p @ dout, the next state, the next sums): tiles (keys, queries); dk or dv None where it is not
+        wanted; q_next None in the last step."""
         wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
         if self.interpret:
             before_dout()
             if dk is not None:
-                ds = gradient(wide(state), self.scores(v, dout)).astype(dtype)
-                dk = self.add(dk, ds, q)
+                ds, *sums = gradient(wide(state), self.scores(v, dout), *sums)
+                dk = self.add(dk, ds.astype(dtype), q)
             if dv is not None:
                 dv = self.add(dv, weights(state).astype(dtype), dout)
             after_dout()
             if q_next is None:
-                return dk, dv, state
+                return dk, dv, state, tuple(sums)
             before_next()
-            return dk, dv, probabilities(self.scores(k, q_next))
+            return dk, dv, probabilities(self.scores(k, q_next)), tuple(sums)
 
         tile = state[0].shape
 
@@ -109,7 +124,12 @@ class BackwardWgmma(Wgmma):
                 return None if dk is None else plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if dv is None else 1)
 
             dp = first() if dk is None else pl.run_scoped(first, plgpu.ACC(tile, jnp.float32))
-            ds = None if dk is None else gradient(wide(state), dp).astype(dtype)
+            ds = None
+            if dk is not None:
+                ds, *found = gradient(wide(state), dp, *(ref[...] for ref in refs["sums"]))
+                ds = ds.astype(dtype)
+                for ref, new in zip(refs["sums"], found, strict=True):
+                    ref[...] = new
 
             def second(s_ref: Any) -> Any:
                 before_next()
@@ -127,17 +147,17 @@ class BackwardWgmma(Wgmma):
             for ref, new in zip(refs["state"], probabilities(s), strict=True):
                 ref[...] = new
 
-        refs: dict[str, Any] = {"state": state}
+        refs: dict[str, Any] = {"state": state, "sums": tuple(sums)}
         refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
         after = pl.run_state(stage)(refs)
         if q_next is None:
             after_dout()
-        return after.get("dk"), after.get("dv"), after["state"]
+        return after.get("dk"), after.get("dv"), after["state"], after["sums"]
 
     def fused_step(
         self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, dp: Any, following: tuple[Any, Any] | None, *,
         dtype: Any, free: Callable[[], None], before_next: Callable[[], None], weights: Callable[[State], Any],
-        gradient: Callable[[State, Any], Any], probabilities: Callable[[Any], State], spread: Spread,
+        gradient: Gradient, probabilities: Callable[[Any], State], spread: Spread,
     ) -> tuple[Any, Any, State, Any]:  # fmt: skip
         """As `keys_step`, with dq; here dp is made a step ahead as well: (dk, dv, the next state, the next dp).
 
@@ -146,7 +166,7 @@ class BackwardWgmma(Wgmma):
         wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
         if self.interpret:
             dv = self.add(dv, weights(state).astype(dtype), dout)
-            ds = gradient(wide(state), dp).astype(dtype)
+            ds = gradient(wide(state), dp)[0].astype(dtype)
             spread.put(ds)
             spread.give(self._dot(*spread.take()))
             dk = self.add(dk, ds, q)
@@ -162,7 +182,7 @@ class BackwardWgmma(Wgmma):
             dk_ref, dv_ref, dp_ref, *state_refs = refs
             state = tuple(ref[...] for ref in state_refs)
             plgpu.wgmma(dv_ref, weights(state).astype(dtype), dout)
-            ds = gradient(wide(state), dp_ref[...]).astype(dtype)
+            ds = gradient(wide(state), dp_ref[...])[0].astype(dtype)
             spread.put(ds)
             plgpu.wgmma_wait(0)
 

@@ -42,16 +42,18 @@ class GradientRows(Rows):
     def probabilities(
         self,
         s: Any,
-        top: Callable[[], Any],
+        top: Callable[[], tuple[Any, ...]],
         *,
         i: Any,
+        number: Any,
         packed: list[Any],
         query_words: Callable[[], Any] = lambda: None,
         existing: int | None = None,
     ) -> tuple[Any, ...]:
         """(p, and softcap's slope if there is one) of the products s = q @ k.T of step i.
 
-        top, query_words: make the tiles of lse in base 2 and of dropout's words only where they are wanted: registers are short.
+        number: of the step in the ring of bias tiles. top, query_words: make the tiles of what `row_numbers` has of lse, and of
+        dropout's words, only where they are wanted: registers are short.
         existing: rows from there on are no rows; None where what they give is not looked at.
         """
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
@@ -61,6 +63,8 @@ class GradientRows(Rows):
         if shape.softcap is not None:
             y = 2 / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))  # tanh = 1 - y
             s, slope = shape.softcap - shape.softcap * y, y * (2 - y)
+        if recipe.bias_kind is not None:
+            s = s + self._addend(t, number)
         if recipe.mask is not None or packed or recipe.ragged:
             # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
             cut = True if recipe.drops or cast(WalkConfig, recipe.config).masks_all else self.walk.partial(i)
@@ -71,7 +75,8 @@ class GradientRows(Rows):
         if existing is not None:
             row = self._index(0)
             s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)
-        p = jnp.exp2(s * recipe.factor - top())
+        lse, *logarithm = top()
+        p = jnp.exp2((s - lse) * LOG2E - logarithm[0]) if logarithm else jnp.exp2(s * recipe.factor - lse)
         if recipe.drops:
             p = jnp.where(self.survivors(t, query_words()), p, -p)
         return (p,) if slope is None else (p, slope)
@@ -81,9 +86,12 @@ class GradientRows(Rows):
         return jnp.maximum(state[0].astype(jnp.float32), 0.0) if self.recipe.drops else state[0]
 
     def scores_gradient(self, state: tuple[Any, ...], dp: Any, delta: Any) -> Any:
-        """The gradient of the scores before softcap; dp = dout @ v.T, delta as a tile."""
+        """The gradient of the scores, bias and all; dp = dout @ v.T, delta as a tile."""
         p = state[0]
         if self.recipe.drops:
             dp, p = jnp.where(p > 0, dp, 0.0), jnp.abs(p)
-        ds = p * (dp - delta)
+        return p * (dp - delta)
+
+    def before_softcap(self, state: tuple[Any, ...], ds: Any) -> Any:
+        """The gradient of the scores before softcap from that of the scores."""
         return ds if len(state) == 1 else ds * state[1]

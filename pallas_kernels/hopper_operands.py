@@ -7,28 +7,46 @@ queries (dk, dv). It knows which arrays there are, in which order a kernel gets 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
+from pallas_kernels.hopper_memory import transforms
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_scores import Recipe, Refs, shared
 from pallas_kernels.online_softmax import LOG2E
 from pallas_kernels.visits import cdiv
 
+LSE, DELTA, SUM = 0, 1, 2  # what the numbers of a query row are
 
-def row_numbers(lse: jax.Array, delta: jax.Array, length: int) -> jax.Array:
-    """(B, Hq, 2, length) float32: lse in base 2 and delta of every row.
 
-    p = 2**(s - lse): +inf where a row has no keys, or does not exist, makes it 0 for whatever s is finite or -inf.
+def row_numbers(lse: jax.Array, delta: jax.Array, length: int, row_sum: jax.Array | None = None) -> jax.Array:
+    """(B, Hq, 2, length) float32: lse in base 2 and delta of every row, p = 2**(s - lse).
+
+    Beside a bias lse may be so large that it has lost the sum's logarithm. There: (B, Hq, 3, length), with
+    p = exp(s - lse) / row_sum; the first is natural then and may be the row's maximum, the third is row_sum's logarithm in base 2.
+    lse is +inf where a row has no keys, or does not exist: p is 0 then for whatever s is finite or -inf.
     """
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse if row_sum is not None else lse * LOG2E)
     more = length - lse.shape[2]
     wide = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, more)), constant_values=fill)  # noqa: E731
-    return jnp.stack([wide(lse, jnp.inf), wide(delta, 0.0)], axis=2)
+    numbers = [wide(lse, jnp.inf), wide(delta, 0.0)]
+    return jnp.stack(numbers if row_sum is None else [*numbers, wide(jnp.log2(row_sum), 0.0)], axis=2)
+
+
+def padded_bias(bias: jax.Array) -> jax.Array:
+    """A bias as large as the scores as TMA wants it: rows in eights, each a multiple of the narrowest swizzle, 32 bytes."""
+    rows, columns = bias.shape[2:]
+    more = -rows % 8, 0 if columns * bias.dtype.itemsize % 32 == 0 else -columns % 64
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, more[0]), (0, more[1]))) if any(more) else bias
 
 
 def query_words(generator: Any, seeds: jax.Array, length: int) -> jax.Array:
@@ -38,27 +56,37 @@ def query_words(generator: Any, seeds: jax.Array, length: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class BiasFacts:
+    """Of a bias in one orientation: `dense.kind`, its dtype, and how many rows and columns it has as the kernel gets it."""
+
+    kind: str
+    dtype: Any
+    shape: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Operands:
     """Of one orientation; `arrays` in the order in which `refs` reads them."""
 
     mask: Any  # its tree, None without one
     has_ids: bool
     keep_kind: str | None
+    bias: BiasFacts | None
     generator: Any
     names: tuple[str, ...]
     arrays: tuple[jax.Array, ...]
 
     @classmethod
     def of(
-        cls, shape: ForwardShape, config: WalkConfig, mask: Any, *, keep: Any = None, seeds: Any = None, scale: Any = None,
-        generator: Any = None, transposed: bool = False, ordered: bool = False,
+        cls, shape: ForwardShape, config: WalkConfig, mask: Any, *, keep: Any = None, bias: Any = None, seeds: Any = None,
+        scale: Any = None, generator: Any = None, transposed: bool = False, ordered: bool = False,
     ) -> Operands:  # fmt: skip
-        """shape, mask, keep: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
+        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
         ordered: with the turns in which row tiles come to a column tile."""
         rows, columns = shape.query_len, shape.key_len
         if transposed:
             mask = None if mask is None else mask.transposed()
-            keep = None if keep is None else jnp.swapaxes(keep, 2, 3)
+            keep, bias = (None if x is None else jnp.swapaxes(x, 2, 3) for x in (keep, bias))
             rows, columns = columns, rows
         arrays, structure = jax.tree.flatten(mask)
         has_ids = any(array.ndim == 2 for array in arrays)
@@ -78,13 +106,19 @@ class Operands:
             found = visits.table(mask, config.rows, rows, columns, config.block_k) if found is None else found
             more = visits.turns(found, cdiv(columns, config.block_k))
             given["turns"] = jnp.broadcast_to(more, (*more.shape[:2], cdiv(rows, config.rows), more.shape[3]))
+        kind = None
+        if bias is not None:
+            kind = dense.kind(bias)
+            bias = padded_bias(bias) if kind == "tile" else bias
+            given["bias"] = dense.lay_out(bias, config.rows, config.block_k)
+            kind = BiasFacts(kind, bias.dtype, bias.shape[2:])
         if shape.dropout_p > 0:
             given["seeds"] = jnp.broadcast_to(seeds, (shape.batch, shape.q_heads, 2))
         if shape.scale is None:
             given["scale"] = scale.astype(jnp.float32)
         names = (*("mask" for _ in arrays), *given)
         return cls(
-            None if mask is None else structure, has_ids, None if keep is None else dense.kind(keep), generator, names,
+            None if mask is None else structure, has_ids, None if keep is None else dense.kind(keep), kind, generator, names,
             (*arrays, *given.values()),
         )  # fmt: skip
 
@@ -94,18 +128,69 @@ class Operands:
 
     def recipe(self, shape: ForwardShape, config: WalkConfig, products: Wgmma) -> Recipe:
         """What `hopper_scores` wants to know; shape: of this orientation."""
+        kind = None if self.bias is None else self.bias.kind
         return Recipe(
-            shape, config, self.mask, self.has_ids, is_prefix=False, hides=False, bias_kind=None, keep_kind=self.keep_kind,
+            shape, config, self.mask, self.has_ids, is_prefix=False, hides=False, bias_kind=kind, keep_kind=self.keep_kind,
             generator=self.generator, products=products,
         )  # fmt: skip
 
-    def refs(self, refs: list[Any]) -> Refs:
-        """The operands in a kernel's hands."""
+    @property
+    def numbers(self) -> int:
+        """Of a row: see `row_numbers`."""
+        return 2 if self.bias is None else 3
+
+    @property
+    def brings_bias(self) -> bool:
+        """Whether tiles of a bias come by TMA."""
+        return self.bias is not None and self.bias.kind == "tile"
+
+    def bias_ring(self, config: WalkConfig) -> dict[str, Any]:
+        """The scratch of a ring of bias tiles."""
+        if not self.brings_bias:
+            return {}
+        return {
+            "bias_s": self.bias_tile((config.bias_stages, config.rows), config.block_k),
+            "bias_ready": plgpu.Barrier(num_barriers=config.bias_stages),
+            "bias_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.bias_stages),
+        }
+
+    def bias_tile(self, rows: tuple[int, ...], columns: int) -> Any:
+        """Shared memory for tiles of a bias, or of its gradient."""
+        assert self.bias is not None
+        layout = transforms(math.gcd(columns, self.bias.shape[1]), self.bias.dtype)
+        return plgpu.SMEM((*rows, columns), self.bias.dtype, transforms=layout)
+
+    def bias_like(self, lead: tuple[int, int]) -> jax.ShapeDtypeStruct:
+        """An array like the bias, with these leading dims."""
+        assert self.bias is not None
+        return jax.ShapeDtypeStruct((*lead, *self.bias.shape), self.bias.dtype)
+
+    def refs(self, refs: list[Any], ring: Any = None) -> Refs:
+        """The operands in a kernel's hands; ring: the scratch of `bias_ring`."""
+        ring = ring or {}
         found = dict(zip(self.names, refs, strict=True))
         masks = [ref for name, ref in zip(self.names, refs, strict=True) if name == "mask"]
         return Refs(
-            masks, found.get("table"), found.get("keep"), None, None, found.get("seeds"), found.get("scale"), None, None, None
-        )
+            masks, found.get("table"), found.get("keep"), found.get("bias"), None, found.get("seeds"), found.get("scale"),
+            ring.get("bias_s"), ring.get("bias_ready"), ring.get("bias_free"),
+        )  # fmt: skip
+
+    def bring_bias(self, refs: Refs, config: WalkConfig, b: Any, h: Any, row_tile: Any, column_tile: Any, number: Any) -> None:
+        """Ask for a bias tile, the ring's of that number, as soon as there is room."""
+        if not self.brings_bias:
+            return
+        now = lax.rem(number, np.int32(config.bias_stages))
+        pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(refs.bias_free.at[now]))
+        where = pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)
+        plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], refs.bias_s.at[now], refs.bias_ready.at[now])
+
+    def wait_for_bias(self, refs: Refs, config: WalkConfig, steps: Any) -> None:
+        """Every completed phase must be waited for before the program ends."""
+        if not self.brings_bias:
+            return
+        first = visits.greatest(steps - config.bias_stages, 0 * steps)
+        wait = lambda n, _: plgpu.barrier_wait(refs.bias_free.at[lax.rem(n, np.int32(config.bias_stages))])  # noqa: E731
+        lax.fori_loop(first, steps, wait, None)
 
     def turn(self, refs: list[Any], b: Any, h: Any, row_tile: Any, column_tile: Any) -> Any:
         """How many row tiles are to come to this column tile before this one."""

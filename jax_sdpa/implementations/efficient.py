@@ -186,15 +186,19 @@ class Efficient(Implementation):
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         return attention(sanitised(request), self._plan(request, "forward"))
 
+    def row_sums(self, request: SdpaRequest, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`row_sums` by this device's plan."""
+        return row_sums(request, lse, self._plan(request, "forward"))
+
     def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
         request = sanitised(request)
         plan = dataclasses.replace(self._plan(request, "backward"), whole=False)
-        sums = row_sums(request, lse, self._plan(request, "forward"))
+        sums = self.row_sums(request, lse)
         return efficient_backward.tangent(request, out, lse, sums, tangents, plan)
 
     def backward(
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
         request = sanitised(request)
-        sums = row_sums(request, lse, self._plan(request, "forward"))
+        sums = self.row_sums(request, lse)
         return efficient_backward.backward(request, out, lse, sums, dout, dlse, wrt, self._plan(request, "backward"))

@@ -109,20 +109,23 @@ class Flash(Implementation):
         found: Tangents = {}
         if "sinks" in wrt:
             found["sinks"] = efficient_backward.sinks_gradient(request, lse, delta)
-        wants = tuple(name for name in flash_backward.WANTS if name in wrt)
+        wants = tuple(name for name in (*flash_backward.WANTS, "bias") if name in wrt)
+        row_sum = None
+        if request.bias is not None:
+            lse, row_sum = _XLA.row_sums(request, lse)
         return found | flash_backward.backward(
             query, scores.seen_only(request, request.key), scores.seen_only(request, request.value), dout, lse, delta,
             layout=spec.layout, scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
-            mask=request.mask if request.masks else None, keep=request.keep_mask, seeds=request.dropout_seeds,
-            dropout_p=spec.dropout_p, generator=dropout, wants=wants, interpret=self.interpret,
+            mask=request.mask if request.masks else None, bias=request.bias, row_sum=row_sum, keep=request.keep_mask,
+            seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, wants=wants, interpret=self.interpret,
         )  # fmt: skip
 
 
 def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
     """Why the gradients of `wrt` cannot come from the kernels, in plain sentences."""
     reasons = []
-    if request.bias is not None:
-        reasons.append("the backward kernels take no bias yet.")
+    if "bias" in wrt and not flash_backward.takes_bias_gradient(request.batch, request.q_heads, request.bias.shape):
+        reasons.append("the backward kernels have no gradient yet of a bias (L, S) that heads or batch entries share.")
     if "scale" in wrt:
         reasons.append("the backward kernels have no gradient of a traced scale.")
     return reasons
@@ -135,9 +138,9 @@ def _may_hide(request: SdpaRequest) -> bool:
 
 
 def _may_be_empty(request: SdpaRequest) -> bool:
-    """Whether the masks may leave a query without keys, as far as that is known without their arrays. A static mask is bands and
-    intervals, whose rows are shortest at the ends."""
-    if request.keep_mask is not None or jax.tree.leaves(request.masks):
+    """Whether the masks, or -inf in a bias, may leave a query without keys, as far as that is known without their arrays. A static
+    mask is bands and intervals, whose rows are shortest at the ends."""
+    if request.keep_mask is not None or request.bias is not None or jax.tree.leaves(request.masks):
         return True
     L, S = request.query_len, request.key_len
     ranges = (request.mask.kv_range(q, q + 1, L, S) for q in (0, L - 1))
