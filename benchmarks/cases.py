@@ -74,7 +74,8 @@ GPU_CASES = (
     _gpu("seed 2: B32 H32/8 L128 D64 f16", (32, 32, 128, 64), False, 8, dtype="float16"),
     *(_gpu(f"B4 H{H} L4096 D{D} {extra}", (4, H, 4096, D), extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
       for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "lengths", "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
-    *(_gpu(f"B4 H{H} L4096 D{D} causal dropout", (4, H, 4096, D), True, extra="dropout") for D, H in ((128, 16), (64, 32))),
+    *(_gpu(f"B4 H{H} L4096 D{D} causal {extra}", (4, H, 4096, D), True, extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
+      for extra in ("", "dropout")),
     _gpu("B4 H16 L4096 D128 segments", (4, 16, 4096, 128), extra="segments"),
     _gpu("B1 H16 L16384 D128 window 1024", (1, 16, 16384, 128), extra="window"),
 )  # fmt: skip

@@ -181,7 +181,7 @@ def device_time(call: Callable[[], Any]) -> float:
 def program_of(case: Case, backward: bool) -> tuple[Any, list[Any]]:
     """(our call of the flat operands, their shapes)."""
     (q, k, v), more = jax.eval_shape(lambda: operands(case))
-    leaves, tree = jax.tree.flatten(((q, k, v, more, q) if backward else (q, k, v, more)))
+    leaves, tree = jax.tree.flatten((q, k, v, more, q) if backward else (q, k, v, more))
     run = both_passes if backward else ours
     return lambda *flat: run(case, *jax.tree.unflatten(tree, flat)), leaves
 

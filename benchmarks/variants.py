@@ -29,43 +29,28 @@ from benchmarks.cases import GPU_CASES, Case
 from benchmarks.gpu import cotangent, device_time, operands, peers
 from jax_sdpa import dropout
 from jax_sdpa.attention.bias import causal, sliding_window
-from pallas_kernels import backward_tuning, flash_attention, flash_backward
+from pallas_kernels import backward_tuning, flash_attention, flash_backward, tuning
 from pallas_kernels.contracts import BackwardConfig, ForwardConfig, WalkConfig
+from pallas_kernels.visits import cdiv
 
 
 def variants(case: Case) -> dict[str, ForwardConfig | None]:
     """By name; None is what `tuning` chooses."""
     found: dict[str, ForwardConfig | None] = {"tuned": None}
-    two, three, narrow = {"warpgroups": 2}, {"warpgroups": 3, "registers": (160, 32)}, {"block_k": 64}
-    short, causal = case.query_len <= 2048, case.causal
-
-    def add(name: str, **fields: Any) -> None:
-        found[name] = ForwardConfig(**fields)
-
-    counts = (4, 8, 16) if case.query_len <= 512 else (2, 4, 8) if short else (2,)
-    if case.extra == "" and case.query_len > 128:
-        base = {64: three, 128: two, 256: narrow}[case.head_dim]
-        for n in counts:
-            add(f"{n}", **base, row_tiles=n, queries=1 if case.head_dim == 256 else 2)
-        add("1", **base)
-        if case.head_dim == 64:
-            add("pinned 1", **three, pinned=True)
-            add("4 stages 1", **three, stages=4)
-            for n in counts:
-                add(f"pinned {n}", **three, row_tiles=n, queries=2, pinned=True)
-                add(f"4 stages {n}", **three, row_tiles=n, queries=2, stages=4)
-                add(f"two {n}", **two, row_tiles=n, queries=2)
-            add("two 4 stages 4", **two, row_tiles=4, queries=2, stages=4)
-        elif case.head_dim == 128:
-            add("queries 1, 4", **base, row_tiles=4)
-    if case.query_len == 128:
-        for n in (1, 2):
-            add(f"two {n}", **two, row_tiles=n, queries=n)
-            add(f"one {n}", warpgroups=1, row_tiles=n, queries=n)
-    if case.extra in ("dropout", "bool (B,1,L,S)", "bool (B,1,1,S)", "lengths") and case.head_dim == 64:
-        for n in (1, 4):
-            add(f"three {n}", **three, row_tiles=n, queries=2 if n > 1 else 1)
-            add(f"two {n}", **two, row_tiles=n, queries=2 if n > 1 else 1)
+    three = {"warpgroups": 3, "registers": (160, 32), "pinned": True}
+    bases: dict[int, dict[str, dict[str, Any]]] = {
+        64: {"": three, "4 stages, ": {**three, "stages": 4}, "two, ": {}}, 128: {"": {}}, 256: {"": {"block_k": 64}},
+    }  # fmt: skip
+    bias_bytes = {"bias16": 2, "bias32": 4}.get(case.extra[:6], 0)
+    for name, base in bases[case.head_dim].items():
+        rows = ForwardConfig(**base).rows
+        resident = cdiv(case.batch * case.q_heads * cdiv(case.query_len, rows), tuning.SMS)  # one program an SM
+        for n in sorted({1, 2, resident}):
+            for queries in (2, 1):
+                config = ForwardConfig(**base, row_tiles=n, queries=queries)
+                fits = tuning.shared_bytes(config, case.head_dim, case.head_dim, bias_bytes) <= tuning.SHARED_MEMORY
+                if fits and f"{name}{n}" not in found and (queries == 1 or n > 1):
+                    found[f"{name}{n}"] = config
     return found
 
 

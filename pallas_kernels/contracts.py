@@ -72,8 +72,10 @@ class ForwardConfig:
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
-    program, one after another: the next one's operands are on their way while the last one is finished. bias_stages: tiles of a
-    bias in flight. queries: row tiles whose queries are in memory: 2 where the next one's arrive while one is computed. pinned: a warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early).
+    program, one after another: K and V of the next one are on their way while the last one is finished. queries: row tiles whose
+    queries are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
+    registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup
+    waits for the last PV behind all of its softmax (else where the compiler likes it, early).
     """
 
     block_q: int = 64
@@ -85,6 +87,7 @@ class ForwardConfig:
     queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
+    q_registers: bool = False
 
     def __post_init__(self) -> None:
         if self.block_q != 64:
@@ -121,10 +124,10 @@ class ForwardConfig:
 class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
-    brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk, dv).
-    plain: dq is finished within its step, for want of registers (the other warpgroup fills the gaps). half: p waits in half precision for the next step there. masks_all:
-    every tile is masked, without a branch. ordered: the fused kernel's additions to a tile of dq happen in the order of the key
-    tiles, so that the same call gives the same bits.
+    brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
+    dv). plain: dq is finished within its step, for want of registers (the other warpgroup fills the gaps). half: p waits in half
+    precision for the next step (dk, dv). masks_all: every tile is masked, without a branch. ordered: the fused kernel's additions to
+    a tile of dq happen in the order of the key tiles, so that the same call gives the same bits.
     """
 
     block_k: int = 64

@@ -43,8 +43,11 @@ def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
         words = jnp.where(jnp.swapaxes(keep, 2, 3), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
     else:
         keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, cdiv(S, block_k) * block_k - S)))
-        bits = keep.reshape(*keep.shape[:3], -1, WORD).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
-        words = jnp.swapaxes(bits.sum(-1, dtype=jnp.uint32), 2, 3)
+        # bytes first: XLA reduces 8 of them in 38 us where 32 words of 4 bytes take 62 (67 million bools, H200, 2026-11-25)
+        bits = keep.reshape(*keep.shape[:3], -1, 8).astype(jnp.uint8) << jnp.arange(8, dtype=jnp.uint8)
+        octets = bits.sum(-1, dtype=jnp.uint8)
+        words = lax.bitcast_convert_type(octets.reshape(*octets.shape[:3], -1, WORD // 8), jnp.uint32)
+        words = jnp.swapaxes(words, 2, 3)
     return lax.bitcast_convert_type(words, jnp.int32)
 
 

@@ -42,11 +42,14 @@ def longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
     return jnp.pad(x, widths) if any(more for _, more in widths) else x
 
 
-def _is_sloped(mask: Any, L: int, S: int) -> bool:
-    """Whether the first and the last query see other keys, as far as that is known without the mask's arrays."""
-    if mask is None or jax.tree.leaves(mask):
-        return False
-    return mask.kv_range(0, 1, L, S) != mask.kv_range(L - 1, L, L, S)
+def _slope(mask: Any, L: int, S: int) -> tuple[bool, float]:
+    """(whether rows see different keys, how many keys 128 of them see on average); a guess where the mask holds arrays."""
+    if mask is None or mask.is_prefix:
+        return False, S
+    if jax.tree.leaves(mask):
+        return True, S / 2
+    ranges = [mask.kv_range(start, min(start + 128, L), L, S) for start in range(0, L, max(128, L // 16))]
+    return len(set(ranges)) > 1, sum(hi - lo for lo, hi in ranges) / len(ranges)
 
 
 def hidden_by(mask: Any, keep: jax.Array, L: int, S: int) -> tuple[Any, jax.Array]:
@@ -84,7 +87,7 @@ def forward(
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
     static_scale = scale if isinstance(scale, float) else None
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
-    sloped, masked = _is_sloped(mask, L, S), mask is not None or keep is not None
+    (sloped, seen), masked = _slope(mask, L, S), mask is not None or keep is not None
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     if bias_bytes := dense.tile_bytes(bias):
@@ -93,7 +96,7 @@ def forward(
     if config is None:
         config = tuning.forward_config(
             heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
-            drops=drops, bias_bytes=bias_bytes,
+            seen=seen, drops=drops, bias_bytes=bias_bytes,
         )  # fmt: skip
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,

@@ -48,7 +48,8 @@ class BackwardWgmma(Wgmma):
 
     def queries_step(
         self, q: Any, k: Any, dout: Any, v: Any, dq: Any, ds: Any, k_before: Any, *, before_v: Callable[[], None],
-        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Gradient, sums: Sequence[Any] = (), plain: bool = False,
+        after_v: Callable[[], None], probabilities: Callable[[Any], State], gradient: Gradient, sums: Sequence[Any] = (),
+        plain: bool = False,
     ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
         """(dq + ds @ k_before, the next ds, the next sums): tiles (queries, keys); ds in half precision, in registers.
 

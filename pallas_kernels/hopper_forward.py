@@ -178,7 +178,7 @@ def forward(
                 packed = rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 acc, (m, l, shrink, p) = products.step(
-                    q_s.at[q_slot(n)], k_s.at[now], acc, p, v_s.at[before],
+                    q_tile, k_s.at[now], acc, p, v_s.at[before],
                     lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
                     functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l),
                     pin_s.at[wg] if config.pinned else None,
@@ -192,7 +192,11 @@ def forward(
             packed, now = rows.keep_words(first), slot(done + first)
             plgpu.barrier_wait(q_ready.at[q_slot(n)])
             plgpu.barrier_wait(k_ready.at[now])
-            s = products.scores(q_s.at[q_slot(n)], k_s.at[now])
+            q_tile = q_s.at[q_slot(n)]
+            if config.q_registers:
+                q_tile = plgpu.load(q_tile, layout=TILE)  # pyright: ignore[reportCallIssue]
+                products.read()
+            s = products.scores(q_tile, k_s.at[now])
             plgpu.barrier_arrive(k_free.at[now])
             m, l, _, p = rows.softmax(s, *rows.first(), i=first, packed=packed, number=done + first, is_first=True)
             state = filled((bq, Ev), 0.0, TILE), m, l, p.astype(dtype)

@@ -25,7 +25,6 @@ from pallas_kernels.hopper_scores import Recipe, Refs, shared
 from pallas_kernels.online_softmax import LOG2E
 from pallas_kernels.visits import cdiv
 
-
 LSE, DELTA, SUM = 0, 1, 2  # what the numbers of a query row are
 
 

@@ -10,30 +10,32 @@ from pallas_kernels.visits import cdiv
 
 SMS = 132  # of an H100 SXM and an H200
 
-THREE = ForwardConfig(warpgroups=3, registers=(160, 32))
-"""D64: its accumulators leave room for a third warpgroup, which is more than what either overlap gives (551 to 459 TFLOP/s)."""
+THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
+"""D64: its accumulators leave room for a third warpgroup, which is more than what either overlap gives (558 to 436 TFLOP/s)."""
 
 
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False, sloped: bool = False,
-    drops: bool = False, bias_bytes: int = 0,
+    seen: float | None = None, drops: bool = False, bias_bytes: int = 0,
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads of these lengths and head dims.
 
-    masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; drops: dropout; bias_bytes:
-    of an element of a bias as large as the scores, 0 without one.
+    masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; seen: of how many keys a row
+    tile visits the tiles, on average, all of them if not said; drops: dropout; bias_bytes: of an element of a bias as large as the
+    scores, 0 without one.
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16
     """
     wide = max(head_dim, value_head_dim)
+    steps = (key_len if seen is None else seen) / (64 if wide > 128 else 128)
     if wide <= 64:
-        config = _narrow(query_len, masked, sloped, drops)
+        config = _narrow(query_len, steps, masked, sloped, drops)
     elif wide <= 128:
-        config = ForwardConfig()
+        config = ForwardConfig(q_registers=not sloped)  # 734 to 718 TFLOP/s; beside a slope's coordinates they spill
     else:
         config = ForwardConfig(block_k=64)
-    row_tiles = _row_tiles(config, heads, query_len, key_len, sloped)
+    row_tiles = _row_tiles(config, heads, query_len, steps, wide, sloped, drops)
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=2 if row_tiles > 1 else 1)
     for less in LESS:
         if shared_bytes(config, head_dim, value_head_dim, bias_bytes) <= SHARED_MEMORY:
@@ -47,6 +49,7 @@ SHARED_MEMORY = 232448 - 2048
 
 LESS: tuple[dict[str, Any], ...] = (
     {"queries": 1},
+    {"stages": 2},
     {"row_tiles": 1},
     {"bias_stages": 1},
     {"block_k": 64},
@@ -65,28 +68,27 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
 
 
-def _narrow(query_len: int, masked: bool, sloped: bool, drops: bool) -> ForwardConfig:
-    """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows waste more
-    of a short causal triangle (L 2048: 332 to 368 TFLOP/s) and of a length that is far from a multiple of them."""
-    if (masked and drops) or (sloped and query_len <= 4096):
-        return ForwardConfig(pinned=not drops and query_len > 1024)
-    if cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
+def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, drops: bool) -> ForwardConfig:
+    """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows are too many
+    for a length that is far from a multiple of them."""
+    if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
         return ForwardConfig()
-    return dataclasses.replace(THREE, pinned=not sloped and not drops)
+    # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); 548 to 571 (L 16384)
+    return dataclasses.replace(THREE, stages=4 if sloped or steps <= 6 else 2)
 
 
-def _row_tiles(config: ForwardConfig, heads: int, query_len: int, key_len: int, sloped: bool) -> int:
-    """Several to a program where each has few steps: what lies between two row tiles is then hidden.
+def _row_tiles(
+    config: ForwardConfig, heads: int, query_len: int, steps: float, wide: int, sloped: bool, drops: bool
+) -> int:  # fmt: skip
+    """How many row tiles a program takes: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
-    16 of 4 steps: 564 to 470 TFLOP/s (D128, L 512); 8 of 8.5 steps: 548 to 501 (causal, L 2048); 8 of 16 steps: nothing. As many as
-    leave no SM idle: 3072 row tiles by 16 are 192 programs, which is 2 rounds where 1.45 would do (D64, L 512: 285 to 381 by 8).
+    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349. Not so where a static share is uneven (causal, 64 steps on average: 429,
+    two at a time 515, one 477), where dropout's words spill (359 to 400), and where there is no memory for a second tile's queries
+    and many steps hide what lies between (D256, L 2048: 720 to 734; causal, where row tiles differ, 631 to 556).
     """
-    steps = cdiv(key_len, config.block_k) * (0.5 if sloped else 1)
-    wanted = 16 if steps <= 6 else 8 if steps <= 12 else 1
-    total = heads * cdiv(query_len, config.rows)
-
-    def busy(row_tiles: int) -> float:
-        """The share of the SMs' time in which they have a program."""
-        return total / (SMS * row_tiles * cdiv(cdiv(total, row_tiles), SMS))
-
-    return next((n for n in range(wanted, 0, -1) if busy(n) >= 0.93), 1)
+    resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
+    if sloped and steps > 24:
+        return min(resident, 2) if wide <= 64 else 1
+    if not sloped and ((drops and steps > 6 and wide != 128) or (wide > 128 and steps > 8)):
+        return 1
+    return resident

@@ -3,6 +3,11 @@
 What the interpreter does not model (asynchronous wgmma, layouts, registers) only a GPU shows. Sizes are tiny: a program a test.
 """
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,9 +58,17 @@ def kernel(problem, dtype, layout, mask, config, key, p, interpret=True, keep=No
 
 
 def on_kernel(
-    problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, keep=None, interpret=True, times=1
-):
-    """{'out', 'lse'}; with `times`, the same call so often, and the same bits each time."""
+    problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, keep=None, poison=None, interpret=True,
+    times=1,
+):  # fmt: skip
+    """{'out', 'lse'}; with `times`, the same call so often, and the same bits each time.
+
+    poison: for each batch entry the stretch of keys that somebody sees; the others, and their values, become NaN.
+    """
+    for b, (start, stop) in enumerate(poison or ()):
+        hidden = np.r_[:start, stop : problem.key.shape[2]]
+        problem = problem.but(key=problem.key.copy(), value=problem.value.copy())
+        problem.key[b, :, hidden], problem.value[b, :, hidden] = np.nan, np.nan
     run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p, interpret, keep)
     run = jax.jit(run)
     out, lse = run(*args)
@@ -133,6 +146,18 @@ CASES = {
     "E 128, Ev 64, negative scale": lambda: (make(64, 136, B=1, Hq=1, E=128, Ev=64, scale=-0.3), {}),
     "E 64, Ev 128, softcap, float16": lambda: (make(64, 136, B=1, Hq=1, E=64, Ev=128, softcap=2.0), {"dtype": jnp.float16}),
     "E 256": lambda: (make(64, 136, B=1, Hq=1, E=256), {"config": NARROW}),
+    "E 256, several row tiles": lambda: (
+        make(136, 136, B=1, Hq=2, E=256, keep=band(136, 136, -1, 0)), {"mask": causal(), "config": ForwardConfig(block_k=64, row_tiles=2)}
+    ),
+    "E 96, queries in registers": lambda: (make(64, 264, B=1, Hq=1, E=96), {"config": ForwardConfig(q_registers=True)}),
+    "three warpgroups, one without rows": lambda: (
+        make(456, 264, B=1, Hq=1, E=64, keep=band(456, 264, -1, 0, -40)),
+        {"mask": causal(-40), "config": ForwardConfig(warpgroups=3, registers=(160, 32), row_tiles=3, queries=2, stages=4)},
+    ),
+    "values that nobody sees are no numbers": lambda: (
+        make(72, 264, B=2, Hq=2, Hk=1, E=64, keep=lengths(72, 264, [150, 33], [40, 0])),
+        {"mask": KeyLengths(jnp.array([150, 33]), jnp.array([40, 0])), "poison": [(40, 150), (0, 33)], "config": SEVERAL},
+    ),
     "E 96": lambda: (make(64, 136, B=1, Hq=1, E=96), {}),
     "sinks, one of -inf, empty rows": lambda: (
         make(64, 136, B=2, Hq=2, E=64, sinks=sinks(1.0, -np.inf), keep=lengths(64, 136, [0, 30])), {"mask": KeyLengths(jnp.array([0, 30]))}
@@ -198,6 +223,54 @@ def test_the_compiled_kernel_gives_the_oracles_numbers_and_the_same_bits(name):
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
     check(problem, on_kernel(problem, **options, interpret=False, times=20))
+
+
+ALONE = Path(__file__).parent / "alone.py"
+
+
+def alone(*names, under=()):
+    """What `alone.py` prints in a process of its own, under a checker or not."""
+    found = subprocess.run([*under, sys.executable, ALONE, *names], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    return found.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["several row tiles, causal", "dropout, causal", "bias, several row tiles, causal"])
+def test_the_same_bits_a_thousand_times(name):
+    problem, options = CASES[name]()
+    problem = problem.rounded(jnp.bfloat16)
+    run, args = kernel(
+        problem, jnp.bfloat16, "BHLE", options.get("mask"), options.get("config", ForwardConfig()), options.get("key"), options.get("p", 0.0),
+        interpret=False,
+    )  # fmt: skip
+    run = jax.jit(run)
+
+    @jax.jit
+    def differ(one, other):
+        bits = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
+        return sum((bits(x) != bits(y)).sum() for x, y in zip(one, other, strict=True))
+
+    first = run(*args)
+    assert sum(int(differ(run(*args), first)) for _ in range(1000)) == 0
+
+
+@pytest.mark.gpu
+def test_the_same_bits_in_another_process():
+    names = ("causal", "segments, packed, causal", "dropout, causal")
+    assert alone(*names) == alone(*names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
+def test_the_checkers_find_nothing_but_what_is_planted(tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not on the path")
+    under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "0", "--kernel-name", "kns=mosaic")
+    summary = "RACECHECK SUMMARY: {} hazard" if tool == "racecheck" else "ERROR SUMMARY: {} errors"
+    if tool == "racecheck":
+        assert summary.format(0) not in alone("planted", under=under)
+    assert summary.format(0) in alone(under=under)
 
 
 def test_x64_changes_nothing():
