@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import backward_tuning, dense
 from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig
@@ -130,9 +131,7 @@ def _written(bias: Any, facts: Any, run: Any, given: list[Any], interpret: Any) 
     if interpret is not None:
         *results, tiles = run(*given)
         return results, jnp.where(jnp.isnan(tiles), 0, tiles)  # where no tile was written
-    zeros = jax.new_ref(jnp.zeros(shape, bias.dtype))
-    results = run(*given, zeros)
-    return results, jax.freeze(zeros)
+    return with_reference(run, given, given[:1], jnp.zeros(shape, bias.dtype))
 
 
 def scale_of_sums(scale: Any) -> Any:
@@ -146,9 +145,22 @@ def added_into(shape: tuple[int, ...], run: Any, given: list[Any], interpret: An
         *results, parts = run(*given)  # a tile that nobody wrote is NaN throughout
         tiles = parts.reshape(*parts.shape[:3], -1, 64, parts.shape[-1])
         return results, jnp.where(jnp.isnan(tiles).all((-1, -2), keepdims=True), 0, tiles).reshape(parts.shape).sum(0)
-    sums = jax.new_ref(jnp.zeros(shape, jnp.float32))
-    results = run(*given, sums)
-    return results, jax.freeze(sums)
+    return with_reference(run, given, given[1:3], jnp.zeros(shape, jnp.float32))
+
+
+def with_reference(run: Any, given: list[Any], like: list[Any], start: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, shaped like the arrays `like`; what it makes of a reference that begins as `start`).
+
+    By `run_state`, which leaves no effect behind: `jax.new_ref` is refused where a call is partitioned over several devices.
+    """
+
+    def stage(refs: Any) -> None:
+        target, *results = refs
+        for ref, result in zip(results, run(*given, target), strict=True):
+            ref[...] = result
+
+    end, *results = pl.run_state(stage)((start, *(jnp.zeros_like(x) for x in like)))
+    return results, end
 
 
 def _kernels(
