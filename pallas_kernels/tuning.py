@@ -16,26 +16,28 @@ THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False, sloped: bool = False,
-    seen: float | None = None, drops: bool = False, bias_bytes: int = 0,
+    seen: float | None = None, tiled: bool = False, drops: bool = False, bias_bytes: int = 0,
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads of these lengths and head dims.
 
     masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; seen: of how many keys a row
-    tile visits the tiles, on average, all of them if not said; drops: dropout; bias_bytes: of an element of a bias as large as the
-    scores, 0 without one.
+    tile visits the tiles, on average, all of them if not said; tiled: a dense mask as large as the scores; drops: dropout;
+    bias_bytes: of an element of a bias as large as the scores, 0 without one.
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16
     """
     wide = max(head_dim, value_head_dim)
-    steps = (key_len if seen is None else seen) / (64 if wide > 128 else 128)
+    seen = key_len if seen is None else seen
+    steps = seen / (64 if wide > 128 else 128)
     if wide <= 64:
         config = _narrow(query_len, steps, masked, sloped, drops)
     elif wide <= 128:
         config = ForwardConfig(q_registers=not sloped)  # 734 to 718 TFLOP/s; beside a slope's coordinates they spill
     else:
         config = ForwardConfig(block_k=64)
-    row_tiles = _row_tiles(config, heads, query_len, steps, wide, sloped, drops)
+    resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
+    row_tiles = min(resident, _most_row_tiles(seen, steps, wide, sloped, tiled, drops))
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=2 if row_tiles > 1 else 1)
     for less in LESS:
         if shared_bytes(config, head_dim, value_head_dim, bias_bytes) <= SHARED_MEMORY:
@@ -77,18 +79,18 @@ def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, drops: boo
     return dataclasses.replace(THREE, stages=4 if sloped or steps <= 6 else 2)
 
 
-def _row_tiles(
-    config: ForwardConfig, heads: int, query_len: int, steps: float, wide: int, sloped: bool, drops: bool
-) -> int:  # fmt: skip
-    """How many row tiles a program takes: all that one SM gets, as a rule, so that what lies between two of them is hidden.
+def _most_row_tiles(seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool) -> int:
+    """How many row tiles a program takes at most: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
-    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349. Not so where a static share is uneven (causal, 64 steps on average: 429,
-    two at a time 515, one 477), where dropout's words spill (359 to 400), and where there is no memory for a second tile's queries
-    and many steps hide what lies between (D256, L 2048: 720 to 734; causal, where row tiles differ, 631 to 556).
+    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349. Not so where a static share is uneven (causal, 8192 keys on average: 429,
+    two at a time 515, one 477), where dropout's words spill (359 to 400), where tiles of a mask are better shared by neighbours in
+    time (D128: 568 to 587), and where there is no memory for a second tile's queries and many steps hide what lies between (D256,
+    L 2048: 720 to 734; causal, where row tiles differ, 631 to 556).
     """
-    resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
-    if sloped and steps > 24:
-        return min(resident, 2) if wide <= 64 else 1
+    if sloped and seen > 4096:
+        return 2 if wide <= 64 else 1
+    if tiled and 64 < wide <= 128:
+        return 2
     if not sloped and ((drops and steps > 6 and wide != 128) or (wide > 128 and steps > 8)):
         return 1
-    return resident
+    return 2**31

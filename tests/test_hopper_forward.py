@@ -3,7 +3,6 @@
 What the interpreter does not model (asynchronous wgmma, layouts, registers) only a GPU shows. Sizes are tiny: a program a test.
 """
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,9 +227,9 @@ def test_the_compiled_kernel_gives_the_oracles_numbers_and_the_same_bits(name):
 ALONE = Path(__file__).parent / "alone.py"
 
 
-def alone(*names, under=()):
-    """What `alone.py` prints in a process of its own, under a checker or not."""
-    found = subprocess.run([*under, sys.executable, ALONE, *names], capture_output=True, text=True, check=False)
+def alone(*names):
+    """What `alone.py` prints in a process of its own."""
+    found = subprocess.run([sys.executable, ALONE, *names], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     return found.stdout
 
@@ -259,18 +258,6 @@ def test_the_same_bits_a_thousand_times(name):
 def test_the_same_bits_in_another_process():
     names = ("causal", "segments, packed, causal", "dropout, causal")
     assert alone(*names) == alone(*names)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
-def test_the_checkers_find_nothing_but_what_is_planted(tool):
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer is not on the path")
-    under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "0", "--kernel-name", "kns=mosaic")
-    summary = "RACECHECK SUMMARY: {} hazard" if tool == "racecheck" else "ERROR SUMMARY: {} errors"
-    if tool == "racecheck":
-        assert summary.format(0) not in alone("planted", under=under)
-    assert summary.format(0) in alone(under=under)
 
 
 def test_x64_changes_nothing():
