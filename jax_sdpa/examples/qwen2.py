@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_sdpa.examples.decoder import Decoder, DecoderConfig, generate
+from jax_sdpa.examples.weights import Checkpoint
 
 SMALL = {
     "model_type": "qwen2", "vocab_size": 256, "hidden_size": 224, "intermediate_size": 352, "num_hidden_layers": 3,
@@ -53,35 +54,20 @@ def config_from(given: Mapping[str, Any], dtype: Any = None) -> DecoderConfig:
 def load(config: DecoderConfig, weights: Mapping[str, Any], dtype: Any = jnp.float32) -> Decoder:
     """A `Decoder` with the tensors of a checkpoint, by their Hugging Face names; every one must be there, and of its shape."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    left = {name: array for name, array in weights.items() if not (config.tied and name == "lm_head.weight")}
-
-    def put(parameter: Any, name: str) -> None:
-        if name not in left:
-            raise ValueError(f"the checkpoint has no {name!r}.")
-        array = jnp.asarray(left.pop(name), dtype)
-        if array.ndim == 2 and not name.startswith("model.embed_tokens"):
-            array = array.T  # torch's Linear is (out, in)
-        if array.size != parameter.size:
-            raise ValueError(f"{name} has {array.size} numbers, the model wants {tuple(parameter.shape)}: is config.json its own?")
-        parameter.set_value(array.reshape(parameter.shape))  # (features, heads * head_dim) is (features, heads, head_dim)
-
-    put(model.embedding.embedding, "model.embed_tokens.weight")
+    checkpoint = Checkpoint(weights, dtype, ignore=("lm_head.weight",) if config.tied else ())
+    checkpoint.into(model.embedding.embedding, "model.embed_tokens.weight")
     for i, block in enumerate(model.blocks):
-        prefix = f"model.layers.{i}."
-        put(block.attention_norm.scale, prefix + "input_layernorm.weight")
-        put(block.mlp_norm.scale, prefix + "post_attention_layernorm.weight")
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            layer = getattr(block.attention, ours)
-            put(layer.kernel, f"{prefix}self_attn.{theirs}.weight")
-            put(layer.bias, f"{prefix}self_attn.{theirs}.bias")
-        put(block.attention.out.kernel, prefix + "self_attn.o_proj.weight")
-        for name in ("gate", "up", "down"):
-            put(getattr(block.mlp, name).kernel, f"{prefix}mlp.{name}_proj.weight")
-    put(model.norm.scale, "model.norm.weight")
+        name = f"model.layers.{i}."
+        checkpoint.norm(block.attention_norm, name + "input_layernorm")
+        checkpoint.norm(block.mlp_norm, name + "post_attention_layernorm")
+        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "o_proj")):
+            checkpoint.linear(getattr(block.attention, ours), f"{name}self_attn.{theirs}")
+        for part in ("gate", "up", "down"):
+            checkpoint.linear(getattr(block.mlp, part), f"{name}mlp.{part}_proj")
+    checkpoint.norm(model.norm, "model.norm")
     if model.head is not None:
-        put(model.head.kernel, "lm_head.weight")
-    if left:
-        raise ValueError(f"the checkpoint has tensors that this model does not: {sorted(left)[:5]}.")
+        checkpoint.linear(model.head, "lm_head")
+    checkpoint.done()
     return model
 
 

@@ -33,9 +33,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if all(axis is None for axis in axes):
         return x
     if mesh.empty:
-        raise ValueError(f"mesh axes {axes} are asked for, but there is no mesh: wrap the call in `with jax.set_mesh(mesh)`.")
+        raise _no_mesh(axes)
     explicit = AxisType.Explicit in mesh.axis_types
     return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(x, PartitionSpec(*axes))
+
+
+def _no_mesh(axes: Any) -> ValueError:
+    return ValueError(f"mesh axes {axes} are asked for, but there is no mesh: wrap the call in `with jax.set_mesh(mesh)`.")
 
 
 class Attention(nnx.Module):
@@ -262,7 +266,9 @@ class _Axes:
     def of(cls, axes: MeshAxes | None, kv_heads: int) -> _Axes:
         if axes is None:
             return cls()
-        sizes = jax.sharding.get_abstract_mesh().shape
+        if (mesh := jax.sharding.get_abstract_mesh()).empty:
+            raise _no_mesh(axes)
+        sizes = mesh.shape
         fits = axes.tensor is None or kv_heads % sizes.get(axes.tensor, 1) == 0
         return cls(axes.data, axes.tensor, axes.tensor if fits else None)
 
