@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax", reason="jax_sdpa.nn needs flax")
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -329,7 +328,8 @@ def test_decode_inside_one_loop():
 
 
 def test_orbax_saves_and_restores_layer_and_cache(tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
+    import orbax.checkpoint as checkpoint
+
     layer = make(**LAYERS["everything"])
     _, cache = layer(X, cache=layer.make_cache(B, 16))
     tree = {"layer": nnx.to_pure_dict(nnx.state(layer, nnx.Param)), "cache": cache}

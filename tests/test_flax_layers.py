@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax", reason="jax_sdpa.nn needs flax")
 from flax import linen, nnx
 
 from jax_sdpa import NoViableBackendError, scaled_dot_product_attention

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax", reason="the examples need flax")
 from jax_sdpa.attention import sdpa_kernel
 from jax_sdpa.examples import minilm
 

@@ -20,7 +20,9 @@ WITHIN = 2e-5  # of logits of standard deviation 2, float32
 @functools.cache
 def peer():
     """(Hugging Face's model in float32, ours with its weights)."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**qwen2.SMALL, attn_implementation="sdpa")
     theirs = transformers.Qwen2ForCausalLM(config).eval()

@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
         last_only: the logits of each sequence's last token alone, (B, vocabulary): what generation needs of a prefill.
         """
         x = self.embedding(tokens)
-        apply = nnx.remat(_apply, static_argnums=(4, 5)) if self.config.remat else _apply
+        apply = nnx.remat(_apply, static_argnums=(4, 5), policy=KEEP_ATTENTION) if self.config.remat else _apply
         extended = []
         for i, block in enumerate(self.blocks):
             x, cache = apply(block, x, None if caches is None else caches[i], lengths, padding, deterministic)
@@ -115,6 +115,10 @@ class Decoder(nnx.Module):
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
         logits = logits.astype(jnp.float32)
         return logits if caches is None else (logits, extended)
+
+
+KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names("sdpa_out", "sdpa_lse")
+"""Of a block that is recomputed in the backward, attention is not: its output is small beside its cost."""
 
 
 def _apply(block: Block, x: Any, cache: Any, lengths: Any, padding: str, deterministic: bool) -> Any:

@@ -9,7 +9,6 @@ Tokens are numbers: a tokenizer is somebody else's work (`tokenizers`, `transfor
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_sdpa.examples.decoder import Decoder, DecoderConfig, generate
-from jax_sdpa.examples.weights import Checkpoint
+from jax_sdpa.examples.weights import Checkpoint, read_directory
 
 SMALL = {
     "model_type": "qwen2", "vocab_size": 256, "hidden_size": 224, "intermediate_size": 352, "num_hidden_layers": 3,
@@ -72,15 +71,9 @@ def load(config: DecoderConfig, weights: Mapping[str, Any], dtype: Any = jnp.flo
 
 
 def load_directory(directory: str | Path, dtype: Any = jnp.bfloat16) -> Decoder:
-    """The model of a local checkpoint: `config.json` and one or more `*.safetensors`, as Hugging Face stores them."""
-    from safetensors.flax import load_file
-
-    directory = Path(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {directory}.")
-    weights = {name: array for file in files for name, array in load_file(str(file)).items()}
-    return load(config_from(json.loads((directory / "config.json").read_text()), dtype), weights, dtype)
+    """The model of a local checkpoint: `config.json` and one or more `*.safetensors`."""
+    config, weights = read_directory(directory)
+    return load(config_from(config, dtype), weights, dtype)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+
+
+def read_directory(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, tensors) of a local checkpoint: `config.json` and one or more `*.safetensors`, as Hugging Face stores them."""
+    from safetensors.flax import load_file  # arrays of JAX: NumPy has no bfloat16
+
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {directory}.")
+    config = json.loads((Path(directory) / "config.json").read_text())
+    return config, {name: tensor for file in files for name, tensor in load_file(str(file)).items()}
 
 
 class Checkpoint:
