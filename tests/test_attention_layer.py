@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,7 +35,11 @@ def by_definition(layer, x, keep, positions=None):
     """The layer in NumPy, float64, a query at a time; keep: (B, L, L) bool."""
 
     def params(module):
-        return {name: np.asarray(getattr(module, name)[...], np.float64) for name in ("kernel", "bias") if getattr(module, name, None) is not None}
+        return {
+            name: np.asarray(getattr(module, name)[...], np.float64)
+            for name in ("kernel", "bias")
+            if getattr(module, name, None) is not None
+        }
 
     def project(module):
         p = params(module)
@@ -58,7 +61,11 @@ def by_definition(layer, x, keep, positions=None):
 
     x = np.asarray(x, np.float64)
     where = np.broadcast_to(np.arange(x.shape[1]) if positions is None else positions, x.shape[:2])
-    q, k, v = rotate(norm(project(layer.query), layer.query_norm)), rotate(norm(project(layer.key), layer.key_norm)), project(layer.value)
+    q, k, v = (
+        rotate(norm(project(layer.query), layer.query_norm)),
+        rotate(norm(project(layer.key), layer.key_norm)),
+        project(layer.value),
+    )
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, h, i in itertools.product(*map(range, (q.shape[0], q.shape[2], q.shape[1]))):
         group = h * k.shape[2] // q.shape[2]
@@ -287,6 +294,7 @@ def test_remat_and_grad(backend):
 
 def test_scan_over_layers_with_their_caches():
     """A stack of layers as one: parameters and caches with a leading axis, carried through nnx.scan."""
+
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0)
     def stacked(rngs):
@@ -338,7 +346,14 @@ def test_orbax_saves_and_restores_layer_and_cache(tmp_path):
     other = make(seed=5, **LAYERS["everything"])
     like = {"layer": nnx.to_pure_dict(nnx.state(other, nnx.Param)), "cache": other.make_cache(B, 16)}
     with checkpoint.StandardCheckpointer() as saver:
-        restored = saver.restore(tmp_path / "step", jax.tree.map(jax.ShapeDtypeStruct, *[jax.tree.map(f, like) for f in (jnp.shape, lambda x: x.dtype)], is_leaf=lambda x: isinstance(x, tuple)))
+        restored = saver.restore(
+            tmp_path / "step",
+            jax.tree.map(
+                jax.ShapeDtypeStruct,
+                *[jax.tree.map(f, like) for f in (jnp.shape, lambda x: x.dtype)],
+                is_leaf=lambda x: isinstance(x, tuple),
+            ),
+        )
     state = nnx.state(other, nnx.Param)
     nnx.replace_by_pure_dict(state, restored["layer"])
     nnx.update(other, state)

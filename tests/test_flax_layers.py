@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import linen, nnx
 
 from jax_sdpa import NoViableBackendError, scaled_dot_product_attention
@@ -318,7 +317,7 @@ def test_precision_reaches_the_products(given, meant):
     q = draw(L, HEADS, 8)
     program = jax.make_jaxpr(lambda q: attention_fn(q, q, q, precision=given))(q)
     assert f"precision='{meant}'" in str(program)
-    with pytest.raises(ValueError, match="one jax.lax.Precision"):
+    with pytest.raises(ValueError, match=r"one jax\.lax\.Precision"):
         attention_fn(q, q, q, precision=("high", "highest"))
 
 

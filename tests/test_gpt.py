@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import nnx
 
 from jax_sdpa.attention import SDPBackend
@@ -31,7 +30,9 @@ def rounded_otherwise(monkeypatch):
         def stochastic(q, k, v, **options):
             out = exact(*(x.astype(jnp.float32) for x in (q, k, v)), **options)
             bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(out), jnp.uint32)
-            key = jax.random.fold_in(jax.random.key(seed), jnp.bitwise_xor.reduce(bits, axis=None))  # another in each layer and step
+            key = jax.random.fold_in(
+                jax.random.key(seed), jnp.bitwise_xor.reduce(bits, axis=None)
+            )  # another in each layer and step
             bits = (bits + (jax.random.bits(key, bits.shape, jnp.uint32) >> 16)) & np.uint32(0xFFFF0000)
             rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
             return (out + jax.lax.stop_gradient(rounded - out)).astype(q.dtype)

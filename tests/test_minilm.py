@@ -18,7 +18,9 @@ model = functools.cache(minilm.load)
 
 
 def batch():
-    tokens, lengths = minilm.tokenize([*minilm.SENTENCES, "One much longer sentence, so that the other three of this batch are padded: " * 2])
+    tokens, lengths = minilm.tokenize(
+        [*minilm.SENTENCES, "One much longer sentence, so that the other three of this batch are padded: " * 2]
+    )
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 

@@ -3,14 +3,21 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import nnx
 
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.examples import vit
 from jax_sdpa.examples.weights import read_directory
 
-SMALL = {**vit.BASE, "image_size": 48, "patch_size": 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    **vit.BASE,
+    "image_size": 48,
+    "patch_size": 8,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 IMAGES = np.random.default_rng(0).standard_normal((2, 48, 48, 3)).astype(np.float32)
 
 

@@ -65,9 +65,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, cache: KVCache | None, lengths: Any, padding: str, deterministic: bool
     ) -> tuple[jax.Array, KVCache | None]:
-        y = self.attention(
-            self.attention_norm(x), cache=cache, lengths=lengths, padding=padding, deterministic=deterministic
-        )
+        y = self.attention(self.attention_norm(x), cache=cache, lengths=lengths, padding=padding, deterministic=deterministic)
         y, cache = (y, None) if cache is None else y
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -81,7 +79,9 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Embed(config.vocab_size, config.features, dtype=config.dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
         self.norm = nnx.RMSNorm(config.features, epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
-        head = None if config.tied else nnx.Linear(config.features, config.vocab_size, use_bias=False, dtype=config.dtype, rngs=rngs)
+        head = (
+            None if config.tied else nnx.Linear(config.features, config.vocab_size, use_bias=False, dtype=config.dtype, rngs=rngs)
+        )
         self.head = nnx.data(head)
 
     def make_caches(self, batch: int, length: int) -> list[KVCache]:

@@ -27,8 +27,8 @@ from jax_sdpa.examples.decoder import Decoder, DecoderConfig, generate
 
 FIRST_CHARACTER = 32  # printable ASCII
 SMALL = DecoderConfig(
-    vocab_size=96, features=128, hidden=256, layers=3, q_heads=4, kv_heads=2, qkv_bias=False, tied=True, dropout_rate=0.1, remat=True,
-    dtype=jnp.bfloat16,
+    vocab_size=96, features=128, hidden=256, layers=3, q_heads=4, kv_heads=2, qkv_bias=False, tied=True, dropout_rate=0.1,
+    remat=True, dtype=jnp.bfloat16,
 )  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def batches(seed: int, batch: int, length: int) -> Callable[[int], np.ndarray]:
     return at
 
 
-def make(config: DecoderConfig = SMALL, seed: int = 0, steps: int = 300, learning_rate: float = 3e-3) -> tuple[Decoder, nnx.Optimizer]:
+def make(
+    config: DecoderConfig = SMALL, seed: int = 0, steps: int = 300, learning_rate: float = 3e-3
+) -> tuple[Decoder, nnx.Optimizer]:
     """A model and its AdamW, with a warm-up and a cosine decay."""
     model = Decoder(config, rngs=nnx.Rngs(seed, dropout=seed + 1))
     warm = max(1, min(20, steps // 4))

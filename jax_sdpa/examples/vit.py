@@ -1,7 +1,7 @@
 """A ViT (arXiv:2010.11929): patches, a class token, an encoder whose length, 197, is no multiple of any block.
 
-    python -m jax_sdpa.examples.vit --batch 8                            ViT-B/16's shape with random weights, timed
-    python -m jax_sdpa.examples.vit --checkpoint DIR --image image.npy   a Hugging Face ViT: config.json and *.safetensors
+python -m jax_sdpa.examples.vit --batch 8                            ViT-B/16's shape with random weights, timed
+python -m jax_sdpa.examples.vit --checkpoint DIR --image image.npy   a Hugging Face ViT: config.json and *.safetensors
 """
 
 from __future__ import annotations

@@ -30,15 +30,13 @@ class Checkpoint:
         self._dtype = dtype
 
     def into(self, parameter: nnx.Variable, name: str, *, is_kernel: bool = False) -> None:
-        """Set a parameter. is_kernel: torch's Linear is (out, in), a kernel of ours (in, out), the heads split off in its own order."""
+        """Set a parameter. is_kernel: torch's Linear is (out, in), a kernel of ours (in, out), its heads in the same order."""
         if name not in self._left:
             raise ValueError(f"the checkpoint has no {name!r}.")
         tensor = jnp.asarray(self._left.pop(name), self._dtype)
         tensor = tensor.T if is_kernel else tensor
         if tensor.size != parameter.size:
-            raise ValueError(
-                f"{name} has {tensor.size} numbers, the model wants {tuple(parameter.shape)}: is the configuration the checkpoint's own?"
-            )
+            raise ValueError(f"{name} has {tensor.size} numbers, the model wants {tuple(parameter.shape)}: is config.json its own?")
         parameter.set_value(tensor.reshape(parameter.shape))
 
     def linear(self, layer: Any, name: str) -> None:

@@ -57,7 +57,7 @@ class AttentionFn:
       With `broadcast_dropout=False` the bits are jax_sdpa's, the same on every backend, and nothing of size L x S is stored;
     * `module`: the weights are sown as Flax does ('intermediates', `attention_weights`), by MATH;
     * `precision` holds for the products; `force_fp32_for_softmax` is always so;
-    * `qk_attn_weights_einsum`, `attn_weights_value_einsum`, `einsum_dot_general`: a ValueError, as a fused product has no such hook.
+    * `qk_attn_weights_einsum`, `attn_weights_value_einsum`, `einsum_dot_general`: a ValueError: fused products have no such hook.
 
     Returns:
         (batch..., L, heads, value head dim). A query that may attend to nothing gives 0 (Flax: the mean of the values).
@@ -138,8 +138,8 @@ class AttentionFn:
             return False
         if L != S:
             raise ValueError(
-                f"is_causal needs as many queries as keys, got L={L} and S={S}: which key is the first query's own? Say it by a mask, "
-                "such as causal_lower_right(L, S) or causal_upper_left(L, S) of jax_sdpa.attention.bias."
+                f"is_causal needs as many queries as keys, got L={L} and S={S}: which key is the first query's own? Say it "
+                "by a mask, such as causal_lower_right(L, S) or causal_upper_left(L, S) of jax_sdpa.attention.bias."
             )
         return True
 

@@ -29,7 +29,9 @@ class View(NamedTuple):
     mask: Mask
 
 
-class Chunk(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
     """Which of a chunk's L tokens exist: `count` of them from `first` on, (B,) int32 each."""
 
     first: jax.Array
@@ -100,6 +102,10 @@ class KVCache:
 
     def positions(self, chunk: Chunk, L: int) -> jax.Array:
         """(B, L): where in its sequence each token of the next chunk stands; padding on the left is before it, negative or not."""
+        if chunk.first.shape != self.lengths.shape:
+            raise ValueError(
+                f"the cache holds {len(self.lengths)} sequences, got {len(chunk.first)}: make the cache for this batch and dtype."
+            )
         return (self.lengths - chunk.first)[:, None] + jnp.arange(L, dtype=jnp.int32)[None]
 
     def overflows(self, chunk: Chunk, L: int) -> jax.Array | None:

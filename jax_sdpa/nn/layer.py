@@ -70,8 +70,8 @@ class Attention(nnx.Module):
             that the tensor axis does not divide stay whole on each device.
         rngs: `nnx.Rngs` with "params", and "dropout" where there is dropout.
 
-    Call: `layer(x)` with x (..., L, F) gives (..., L, F); `layer(x, cache=cache)` with x (B, L, F) appends L tokens to the cache and
-    gives (out, cache): prefill, chunked prefill (L > 1) and decode (L = 1) are one such call each.
+    Call: `layer(x)` with x (..., L, F) gives (..., L, F); `layer(x, cache=cache)` with x (B, L, F) appends L tokens to the cache
+    and gives (out, cache): prefill, chunked prefill (L > 1) and decode (L = 1) are one such call each.
 
     A query that may attend to nothing, and padding, gives 0 before the output projection.
 
@@ -152,9 +152,7 @@ class Attention(nnx.Module):
         if not self.is_causal:
             raise ValueError("a cache is for causal attention: an encoder's later tokens change what earlier ones see.")
         dtype = dtype or self.dtype or self.param_dtype
-        cache = KVCache.empty(
-            batch, length, self.kv_heads, self.head_dim, self.value_head_dim, dtype=dtype, window=self.window
-        )
+        cache = KVCache.empty(batch, length, self.kv_heads, self.head_dim, self.value_head_dim, dtype=dtype, window=self.window)
         return self._divided(cache)
 
     def __call__(
@@ -186,10 +184,12 @@ class Attention(nnx.Module):
         """
         if cache is not None and (x.ndim != 3 or segment_ids is not None or mask is not None or not self.is_causal):
             raise ValueError(
-                "a cache takes x of shape (B, L, F) and is causal; segment_ids and mask belong to training, where there is no cache."
+                "a cache takes x of shape (B, L, F) and is causal; segment_ids and mask belong to training, without a cache."
             )
         if lengths is not None and (x.ndim != 3 or segment_ids is not None):
-            raise ValueError("lengths take x of shape (B, L, F), and are no part of packed rows: give padding a negative segment id.")
+            raise ValueError(
+                "lengths take x of shape (B, L, F), and are no part of packed rows: give padding a negative segment id."
+            )
         L, axes = x.shape[-2], self.axes
         chunk = Chunk.of(x.shape[0], L, lengths, padding) if x.ndim == 3 else None
         if positions is None:
@@ -246,6 +246,8 @@ class Attention(nnx.Module):
         if deterministic or self.dropout_rate == 0.0:
             return {}
         source = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+        if source is None:
+            raise ValueError("dropout needs a stream of keys: pass rngs=nnx.Rngs(dropout=...).")
         return {"dropout_p": self.dropout_rate, "dropout_rng": source()}
 
     def _divided(self, cache: KVCache) -> KVCache:

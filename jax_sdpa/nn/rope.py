@@ -42,7 +42,8 @@ class Rope:
             raise ValueError(f"rope rotates pairs: fraction * head dim must be even and in 1 to {E}, got {D}.")
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         frequencies = (self.theta ** (-np.arange(0, D, 2) / D)).astype(dtype)  # (D/2,)
-        angles = positions[..., None, None].astype(dtype) * frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
+        positions = positions.reshape((1,) * (x.ndim - 2 - positions.ndim) + positions.shape)
+        angles = positions[..., None, None].astype(dtype) * frequencies.reshape((1,) * (x.ndim - 1) + (-1,))
         cos, sin = jnp.cos(angles), jnp.sin(angles)  # (..., L, 1, D/2)
         a, b, rest = x[..., : D // 2].astype(dtype), x[..., D // 2 : D].astype(dtype), x[..., D:]
         rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
