@@ -39,6 +39,14 @@ def backend(request: pytest.FixtureRequest) -> SDPBackend:
     return request.param
 
 
+@pytest.fixture(
+    params=[SDPBackend.EFFICIENT_ATTENTION, pytest.param(SDPBackend.MATH, marks=pytest.mark.slow)], ids=lambda b: b.name
+)
+def backend_of_layers(request: pytest.FixtureRequest) -> SDPBackend:
+    """The same for whole layers and models, whose every backend is tested elsewhere: MATH among the slow tests."""
+    return request.param
+
+
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request: pytest.FixtureRequest):
     """Both settings of `jax_enable_x64`; the value says which."""

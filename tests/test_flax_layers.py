@@ -63,9 +63,12 @@ def _with_a_repeated_mask(query, key, value, *, mask, **options):
     return nnx.dot_product_attention(query, key, value, mask=jnp.broadcast_to(mask, (2, 3, *mask.shape[-3:])), **options)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("another width of q, k and v", "normalised q and k", "dropout, two batch dims")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_as_flax(kind, name, backend):
+def test_as_flax(kind, name, backend_of_layers):
     options, call, batch = CASES[name]
     layer, theirs = LAYERS[kind]
     if name.startswith("two batch dims, mask") and kind == "nnx":
@@ -76,7 +79,7 @@ def test_as_flax(kind, name, backend):
     expected = layer(theirs, x, call=call, **options)
     call = {**call, "rngs": nnx.clone(rngs)} if rngs is not None else call
     drops = options.get("dropout_rate") and not call["deterministic"]
-    with sdpa_kernel(SDPBackend.MATH if drops else backend):
+    with sdpa_kernel(SDPBackend.MATH if drops else backend_of_layers):
         got = layer(attention_fn, x, call=call, **options)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
@@ -93,12 +96,12 @@ def test_gradients_as_flax(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_half_precision(kind, backend):
+def test_half_precision(kind, backend_of_layers):
     """Against float32 on the same rounded values: Flax keeps logits in bfloat16 (error 0.03), we do not."""
     _, theirs = LAYERS[kind]
     q, k, v = (draw(2, L, HEADS, 16, seed=i, dtype=jnp.bfloat16) for i in range(3))
     exact = theirs(*(x.astype(jnp.float32) for x in (q, k, v)), mask=CAUSAL)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         got = attention_fn(q, k, v, mask=CAUSAL, dtype=jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.012)
@@ -108,24 +111,24 @@ def test_half_precision(kind, backend):
     np.testing.assert_allclose(*(x.astype(jnp.float32) for x in both), atol=0.06)
 
 
-def test_grouped_heads_and_values_of_another_head_dim(backend):
+def test_grouped_heads_and_values_of_another_head_dim(backend_of_layers):
     x = draw(2, L, F)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         got = by_nnx(attention_fn, x, num_kv_heads=2, call={"mask": CAUSAL})
     np.testing.assert_allclose(got, by_nnx(nnx.dot_product_attention, x, num_kv_heads=2, call={"mask": CAUSAL}), atol=2e-6)
     q, k, v = draw(2, L, 4, 8), draw(2, L, 4, 8, seed=1), draw(2, L, 4, 5, seed=2)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         got = attention_fn(q, k, v, mask=CAUSAL)
     np.testing.assert_allclose(got, linen.dot_product_attention(q, k, v, mask=CAUSAL), atol=2e-6)
 
 
 @pytest.mark.parametrize("heads", [4, 2])
-def test_nnx_decode(heads, backend):
+def test_nnx_decode(heads, backend_of_layers):
     """Step by step as all at once, with the layer's `is_causal` on, where flax 0.12.8 itself keeps only the first key."""
     options = {"num_kv_heads": heads, "attention_fn": attention_fn, "rngs": nnx.Rngs(0)}
     layer = nnx.MultiHeadAttention(HEADS, F, decode=True, **options)
     x = draw(2, L, F)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         full = layer(x, decode=False, is_causal=True)
         layer.init_cache((2, L, F))
         step = nnx.jit(lambda layer, x: layer(x, is_causal=True))
@@ -134,7 +137,7 @@ def test_nnx_decode(heads, backend):
     np.testing.assert_allclose(full, layer(x, decode=False, mask=CAUSAL), atol=2e-6)
 
 
-def test_linen_decode(backend):
+def test_linen_decode(backend_of_layers):
     x = draw(2, L, F)
 
     def steps(function):
@@ -146,7 +149,7 @@ def test_linen_decode(backend):
             out.append(y)
         return jnp.concatenate(out, 1)
 
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         np.testing.assert_allclose(steps(AttentionFn(is_causal=True)), steps(linen.dot_product_attention), atol=2e-6)
 
 
@@ -177,10 +180,10 @@ def test_what_needs_the_weights_is_refused_without_math():
         attention_fn(q, q, q, dropout_rate=0.1, dropout_rng=KEY, broadcast_dropout=False)
 
 
-def test_dropout_of_each_weight(backend):
+def test_dropout_of_each_weight(backend_of_layers):
     """broadcast_dropout=False: our bits, the same on every backend and in torch's face, and none of Flax's memory."""
     q, k, v = (draw(2, L, HEADS, 8, seed=i) for i in range(3))
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         got = attention_fn(q, k, v, dropout_rate=0.3, dropout_rng=KEY, broadcast_dropout=False)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     expected = scaled_dot_product_attention(q, k, v, dropout_p=0.3, dropout_rng=KEY)

@@ -24,15 +24,15 @@ def batch():
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
-def test_the_published_cosines(backend):
-    with sdpa_kernel(backend):
+def test_the_published_cosines(backend_of_layers):
+    with sdpa_kernel(backend_of_layers):
         embeddings = np.asarray(model()(*batch()), np.float64)
     for (i, j), published in minilm.PUBLISHED.items():
         assert round(float(embeddings[i] @ embeddings[j]), 4) == published
 
 
 @pytest.mark.torch
-def test_as_pytorch(backend):
+def test_as_pytorch(backend_of_layers):
     import torch
     import transformers
 
@@ -41,7 +41,7 @@ def test_as_pytorch(backend):
     mask = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
     with torch.no_grad():
         hidden = theirs(torch.tensor(np.asarray(tokens)).long(), torch.tensor(mask).long()).last_hidden_state.numpy()
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         ours, embeddings = model().hidden(tokens, lengths), model()(tokens, lengths)
     np.testing.assert_allclose(np.asarray(ours)[mask], hidden[mask], atol=1e-5)
     mean = np.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdims=True)

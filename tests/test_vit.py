@@ -22,7 +22,7 @@ IMAGES = np.random.default_rng(0).standard_normal((2, 48, 48, 3)).astype(np.floa
 
 
 @pytest.mark.torch
-def test_as_pytorch(backend, tmp_path):
+def test_as_pytorch(backend_of_layers, tmp_path):
     import torch
     import transformers
 
@@ -33,7 +33,7 @@ def test_as_pytorch(backend, tmp_path):
             parameter.add_(0.1 * torch.randn_like(parameter))
         expected = theirs(torch.tensor(IMAGES).permute(0, 3, 1, 2)).last_hidden_state.numpy()
     theirs.save_pretrained(tmp_path)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         got = vit.load(*read_directory(tmp_path))(jnp.asarray(IMAGES))
     assert got.shape == (2, 37, 64)
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -69,16 +70,28 @@ def make(
 ) -> tuple[Decoder, nnx.Optimizer]:
     """A model and its AdamW, with a warm-up and a cosine decay."""
     model = Decoder(config, rngs=nnx.Rngs(seed, dropout=seed + 1))
+    return model, nnx.Optimizer(model, _transform(steps, learning_rate), wrt=nnx.Param)
+
+
+@functools.cache  # one transform for equal settings is one program for `jit`
+def _transform(steps: int, learning_rate: float) -> optax.GradientTransformation:
     warm = max(1, min(20, steps // 4))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm, max(steps, warm + 1), learning_rate / 10)
-    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
-    return model, nnx.Optimizer(model, transform, wrt=nnx.Param)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
 
 def loss(model: Decoder, tokens: jax.Array, deterministic: bool = False) -> jax.Array:
     """Mean cross entropy of the next character, in nats."""
     logits = model(tokens[:, :-1], deterministic=deterministic)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+@nnx.jit
+def update(model: Decoder, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+    """One step, in place; the loss before it."""
+    value, gradients = nnx.value_and_grad(loss)(model, tokens)
+    optimizer.update(model, gradients)
+    return value
 
 
 def train(
@@ -93,13 +106,6 @@ def train(
     report: Callable[[int, float], None] | None = None,
 ) -> np.ndarray:
     """Train in place; the loss of each step. backend: None = the choice of the device."""
-
-    @nnx.jit
-    def update(model: Decoder, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
-        value, gradients = nnx.value_and_grad(loss)(model, tokens)
-        optimizer.update(model, gradients)
-        return value
-
     data, losses = batches(0, batch, length), []
     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         for step in range(first, first + steps):
@@ -164,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=SMALL.layers)
     names = [backend.name for backend in SDPBackend if backend.value >= 0 and backend is not SDPBackend.OVERRIDEABLE]
     parser.add_argument("--backends", nargs="*", choices=names, default=[], help="train once through each; default: our own choice")
     parser.add_argument("--plot", type=Path, help="write the curves to this file")
@@ -177,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     curves, model = {}, None
     for name in options.backends or ["default"]:
-        model, optimizer = make(steps=options.steps)
+        model, optimizer = make(dataclasses.replace(SMALL, layers=options.layers), steps=options.steps)
         if options.restore:
             restore(options.restore, model, optimizer)
         backend = SDPBackend[name] if options.backends else None

@@ -22,7 +22,7 @@ from jax_sdpa.examples.decoder import Decoder, DecoderConfig, generate
 from jax_sdpa.examples.weights import Checkpoint, read_directory
 
 SMALL = {
-    "model_type": "qwen2", "vocab_size": 256, "hidden_size": 224, "intermediate_size": 352, "num_hidden_layers": 3,
+    "model_type": "qwen2", "vocab_size": 256, "hidden_size": 224, "intermediate_size": 352, "num_hidden_layers": 2,
     "num_attention_heads": 14, "num_key_value_heads": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
 """7 query heads per key/value head, as the 28/4 of Qwen2-7B."""
