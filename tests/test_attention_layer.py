@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -365,32 +366,51 @@ def test_orbax_saves_and_restores_layer_and_cache(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.fixture(
-    params=[(4, 2), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["tensor divides the kv heads", "more devices than kv heads"]
+MESHES = {
+    "tensor divides the kv heads": ((4, 2), AxisType.Auto),
+    "more devices than kv heads": ((2, 4), AxisType.Auto),
+    "explicit axes": ((4, 2), AxisType.Explicit),
+    "explicit, more devices than kv heads": ((2, 4), AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if "explicit" not in name else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
-def mesh(request):
-    return jax.make_mesh(request.param, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-
-def test_sharded_over_data_and_tensor(mesh):
-    """Parameters, activations and cache are divided as said; the numbers are those of one device."""
+def test_sharded_over_data_and_tensor(name):
+    """Parameters, activations and cache are divided as said; nothing is gathered; the numbers are those of one device."""
+    shape, kind = MESHES[name]
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2)
     options = {"rope": Rope(), "qk_norm": True, "sinks": True, "qkv_bias": True, "out_bias": True}
-    x = jnp.concatenate([X, X[:1]])
-    expected, _ = (plain := Attention(F, 4, 2, **options, rngs=nnx.Rngs(0)))(x, cache=plain.make_cache(4, 16))
+    x = jnp.concatenate([X, X[:1]])[:, :5]
+    plain = Attention(F, 4, 2, **options, rngs=nnx.Rngs(0))
+    expected, held = plain(x, cache=plain.make_cache(4, 16))
+    more, _ = plain(x[:, :1], cache=held)
     with jax.set_mesh(mesh), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         layer = Attention(F, 4, 2, **options, mesh_axes=MeshAxes(), rngs=nnx.Rngs(0))
-        kv = "tensor" if mesh.shape["tensor"] == 2 else None
         assert layer.query.kernel.get_value().sharding.spec == P(None, "tensor", None)
         assert layer.out.kernel.get_value().sharding.spec == P("tensor", None, None)
         cache = jax.jit(lambda: layer.make_cache(4, 16))()
-        step = nnx.jit(lambda layer, x, cache: layer(x, cache=cache))
-        got, after = step(layer, jax.device_put(x, NamedSharding(mesh, P("data"))), cache)
-        more, after = step(layer, jax.device_put(x[:, :1], NamedSharding(mesh, P("data"))), after)
+        graph, state = nnx.split(layer)
+        step = jax.jit(lambda state, x, cache: nnx.merge(graph, state)(x, cache=cache))
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        got, cache = step(state, x, cache)
+        token = jax.device_put(x[:, :1], NamedSharding(mesh, P("data")))
+        program = step.lower(state, token, cache).compile()
+        got_more, after = program(state, token, cache)
     np.testing.assert_allclose(got, expected, atol=WITHIN)
-    assert not jnp.isnan(more).any()
+    np.testing.assert_allclose(got_more, more, atol=WITHIN)
+    assert not re.search("all-gather|all-to-all|collective-permute", program.as_text())
+    kv = "tensor" if shape[1] == 2 else None
     for held in (cache.key, after.key, after.value):
         assert held.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, kv, None)), 4)
+
+
+def test_a_mesh_that_is_not_there_or_does_not_fit():
     with pytest.raises(ValueError, match="there is no mesh"):
+        Attention(F, 4, 2, mesh_axes=MeshAxes(), rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((1, 8), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="q_heads must be a multiple of 8 for 2 kv_heads on 8 devices, got 4"):
         Attention(F, 4, 2, mesh_axes=MeshAxes(), rngs=nnx.Rngs(0))
 
 

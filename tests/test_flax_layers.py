@@ -173,9 +173,13 @@ def test_sown_weights():
 def test_what_needs_the_weights_is_refused_without_math():
     q = draw(2, L, HEADS, 8)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-        with pytest.raises(NoViableBackendError, match=r"FLASH_ATTENTION: One dropout mask .* set broadcast_dropout=False"):
+        refused = functools.partial(pytest.warns, UserWarning, match="kernel not used because")
+        with (
+            refused(),
+            pytest.raises(NoViableBackendError, match=r"FLASH_ATTENTION: One dropout mask .* set broadcast_dropout=False"),
+        ):
             attention_fn(q, q, q, dropout_rate=0.1, dropout_rng=KEY)
-        with pytest.raises(NoViableBackendError, match="EFFICIENT_ATTENTION: The weights are asked for"):
+        with refused(), pytest.raises(NoViableBackendError, match="EFFICIENT_ATTENTION: The weights are asked for"):
             attention_fn(q, q, q, module=linen.Dense(1))
         attention_fn(q, q, q, dropout_rate=0.1, dropout_rng=KEY, broadcast_dropout=False)
 
@@ -193,6 +197,26 @@ def test_dropout_of_each_weight(backend_of_layers):
         attention_fn(q, k, v, dropout_rate=0.3)
     with pytest.raises(ValueError, match="needs a key"):
         attention_fn(q, k, v, dropout_rate=0.3, broadcast_dropout=False)
+
+
+@pytest.mark.gpu
+def test_through_flash():
+    """What a layer asks for in training, dropout of each weight included: FLASH beside MATH, output and gradients."""
+    q, k, v = draw(2, 256, 8, 64), draw(2, 256, 2, 64, seed=1), draw(2, 256, 2, 64, seed=2)
+    mask = jnp.arange(256)[None, None, None] < jnp.array([256, 200])[:, None, None, None]
+    options = {"mask": mask.astype(jnp.float32), "dropout_rate": 0.2, "dropout_rng": KEY, "broadcast_dropout": False}
+
+    def run(q, k, v):
+        out = AttentionFn(is_causal=True)(q, k, v, dtype=jnp.bfloat16, **options).astype(jnp.float32)
+        return jnp.sum(jnp.sin(out)), out
+
+    results = []
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            gradients, out = jax.grad(run, (0, 1, 2), has_aux=True)(q, k, v)
+        results.append((out, *gradients))
+    for exact, got in zip(*results, strict=True):
+        assert jnp.abs(got - exact).max() <= 0.02 * jnp.abs(exact).max()
 
 
 def test_rows_without_keys_give_zero():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ from flax.nnx.nn import dtypes
 
 from jax_sdpa import check
 from jax_sdpa.attention import SDPBackend
-from jax_sdpa.context import BACKENDS, allowed_now
+from jax_sdpa.context import allowed_now
+from jax_sdpa.dispatch import HEADINGS
 from jax_sdpa.errors import NoViableBackendError
 from jax_sdpa.functional import dot_product_attention
 from jax_sdpa.implementations import math
@@ -80,6 +82,10 @@ class AttentionFn:
     window: tuple[int, int] | None = None
     scale: float | None = None
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple(self.window))  # a list would be no part of a hashable value
 
     def __call__(
         self,
@@ -186,7 +192,9 @@ def _by_weights(
         reasons += ["One dropout mask for all batch entries and heads is asked for: set broadcast_dropout=False."]
     allowed = allowed_now().backends
     if SDPBackend.MATH not in allowed:
-        lines = [f"{backend.name}: {' '.join(reasons)}" for backend in BACKENDS if backend in allowed]
+        for backend in allowed:
+            warnings.warn("\n".join([HEADINGS[backend], *reasons]), UserWarning, stacklevel=3)
+        lines = [f"{backend.name}: {' '.join(reasons)}" for backend in allowed]
         raise NoViableBackendError("\n".join(["Only MATH makes the attention weights, and it is not allowed here.", *lines]))
     if not 0 <= rate <= 1:
         raise ValueError(f"dropout_rate must be between 0 and 1, got {rate}.")

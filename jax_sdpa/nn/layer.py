@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ class Attention(nnx.Module):
         dtype, param_dtype: of the computation (None: as the input and the parameters promote) and of the parameters.
         precision: of the projections.
         mesh_axes: a `MeshAxes`: parameters, heads and the cache are then divided among the mesh that is set. Key/value heads
-            that the tensor axis does not divide stay whole on each device.
+            that the tensor axis does not divide are kept whole on each device, and repeated for the query heads there.
         rngs: `nnx.Rngs` with "params", and "dropout" where there is dropout.
 
     Call: `layer(x)` with x (..., L, F) gives (..., L, F); `layer(x, cache=cache)` with x (B, L, F) appends L tokens to the cache
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
         self.rope, self.window, self.softcap, self.is_causal, self.scale = rope, window, softcap, is_causal, scale
         self.dropout_rate, self.dtype, self.param_dtype = dropout_rate, dtype, param_dtype
         self.mesh_axes = mesh_axes
-        self.axes = axes = _Axes.of(mesh_axes, self.kv_heads)
+        self.axes = axes = _Axes.of(mesh_axes, q_heads, self.kv_heads)
 
         def project(heads: int, size: int, axis: str | None) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
@@ -208,6 +209,8 @@ class Attention(nnx.Module):
             after, q = self._divided(after), q.astype(k.dtype)
         else:
             mask = self._mask(chunk if lengths is not None else None, L, padding, segment_ids, mask)
+        if axes.repeats > 1:  # each device of a tensor axis wider than the kv heads takes a copy of the one that it needs
+            k, v = (constrain(jnp.repeat(y, axes.repeats, -2), axes.data, None, axes.q, None) for y in (k, v))
         dropout = self._dropout(deterministic, rngs)
         sinks = None if self.sinks is None else self.sinks[...]
         out = dot_product_attention(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, sinks=sinks, **dropout)
@@ -217,7 +220,7 @@ class Attention(nnx.Module):
             out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
         if x.ndim == 3:
             out = constrain(out, axes.data, None, axes.q, None)
-        out = self.out(out.astype(x.dtype) if self.dtype is None else out)
+        out = self.out(out.astype(x.dtype) if self.dtype is None else out, out_sharding=axes.of_output(x.ndim))
         return out if after is None else (out, after)
 
     def _positions(self, x: jax.Array, chunk: Chunk | None, cache: KVCache | None, segment_ids: Any) -> jax.Array:
@@ -263,16 +266,26 @@ class _Axes:
     data: str | None = None
     q: str | None = None
     kv: str | None = None
+    repeats: int = 1
 
     @classmethod
-    def of(cls, axes: MeshAxes | None, kv_heads: int) -> _Axes:
+    def of(cls, axes: MeshAxes | None, q_heads: int, kv_heads: int) -> _Axes:
         if axes is None:
             return cls()
         if (mesh := jax.sharding.get_abstract_mesh()).empty:
             raise _no_mesh(axes)
-        sizes = mesh.shape
-        fits = axes.tensor is None or kv_heads % sizes.get(axes.tensor, 1) == 0
-        return cls(axes.data, axes.tensor, axes.tensor if fits else None)
+        devices = 1 if axes.tensor is None else mesh.shape[axes.tensor]
+        wanted = math.lcm(devices, kv_heads)  # heads, so that each device has the same number
+        if q_heads % wanted:
+            raise ValueError(f"q_heads must be a multiple of {wanted} for {kv_heads} kv_heads on {devices} devices, got {q_heads}.")
+        return cls(axes.data, axes.tensor, axes.tensor if wanted == kv_heads else None, wanted // kv_heads)
+
+    def of_output(self, rank: int) -> PartitionSpec | None:
+        """How the output projection's sum over the heads is to be divided: to be said only where axes are explicit."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if rank != 3 or self.q is None or AxisType.Explicit not in mesh.axis_types:
+            return None
+        return PartitionSpec(self.data, None, None)
 
     def metadata(self, *axes: str | None) -> dict[str, Any]:
         return {} if all(axis is None for axis in (self.data, self.q)) else {"out_sharding": axes}
