@@ -212,12 +212,16 @@ def test_padded_batches(name, padding, backend_of_layers):
         np.testing.assert_allclose(without[b, L - n :] if padding == "left" else without[b, :n], alone[0], atol=WITHIN)
 
 
-def test_what_padding_holds_never_matters():
-    layer = make()
+@pytest.mark.parametrize("options", [{}, {"window": 4}], ids=["plain cache", "ring"])
+def test_what_padding_holds_never_matters(options):
+    layer = make(**options)
     x = X.at[1, 5:].set(jnp.nan)
-    got, cache = layer(x, cache=layer.make_cache(B, 16), lengths=jnp.array([L, 5, L]))
+    got, cache = layer(x, cache=layer.make_cache(B, 32), lengths=jnp.array([L, 5, L]))
     assert not jnp.isnan(got).any()
     assert not jnp.isnan(cache.key).any()
+    got, cache = layer(x[:, ::-1], cache=cache, lengths=[L, 5, L], padding="left")
+    assert not jnp.isnan(got).any()
+    assert not jnp.isnan(cache.value).any()
 
 
 def test_a_full_cache_gives_nan_and_a_ring_goes_on():

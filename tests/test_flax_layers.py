@@ -134,7 +134,13 @@ def test_nnx_decode(heads, backend_of_layers):
         step = nnx.jit(lambda layer, x: layer(x, is_causal=True))
         steps = [step(layer, x[:, i : i + 1]) for i in range(L)]
     np.testing.assert_allclose(jnp.concatenate(steps, 1), full, atol=2e-6)
-    np.testing.assert_allclose(full, layer(x, decode=False, mask=CAUSAL), atol=2e-6)
+    theirs = nnx.MultiHeadAttention(
+        HEADS, F, decode=True, **{**options, "attention_fn": nnx.dot_product_attention, "rngs": nnx.Rngs(0)}
+    )
+    np.testing.assert_allclose(full, theirs(x, decode=False, is_causal=True), atol=2e-6)
+    theirs.init_cache((2, L, F))
+    step = nnx.jit(lambda layer, x: layer(x))
+    np.testing.assert_allclose(jnp.concatenate([step(theirs, x[:, i : i + 1]) for i in range(L)], 1), full, atol=2e-6)
 
 
 def test_linen_decode(backend_of_layers):
@@ -291,6 +297,7 @@ def test_trap_a_mask_of_floats_is_no_bias():
     expected = linen.dot_product_attention(q, k, v, mask=CAUSAL)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, bool):
         np.testing.assert_allclose(attention_fn(q, k, v, mask=CAUSAL.astype(dtype)), expected, atol=2e-6)
+    np.testing.assert_allclose(attention_fn(q, k, v, mask=np.tril(np.ones((L, L)))), expected, atol=2e-6)  # float64 as well
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     added = scaled_dot_product_attention(q, k, v, CAUSAL)
     assert jnp.abs(jnp.swapaxes(added, 1, 2) - expected).max() > 0.1

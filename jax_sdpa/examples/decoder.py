@@ -125,11 +125,14 @@ def _apply(block: Block, x: Any, cache: Any, lengths: Any, padding: str, determi
     return block(x, cache, lengths, padding, deterministic)
 
 
-@nnx.jit(static_argnames=("padding", "last_only"))
+@nnx.jit(static_argnames=("padding", "last_only"), donate_argnames="caches")
 def extend(
     model: Decoder, tokens: Any, caches: list[KVCache], lengths: Any = None, *, padding: str = "right", last_only: bool = True
 ) -> Any:
-    """`model` on a chunk, compiled once for each shape: one program for the prefill, one for every decode step."""
+    """`model` on a chunk, compiled once for each shape: one program for the prefill, one for every decode step.
+
+    The caches are donated: they are written in place, and those that were handed over are gone.
+    """
     return model(tokens, caches, lengths=lengths, padding=padding, last_only=last_only)
 
 

@@ -162,7 +162,7 @@ def _selecting(mask: Any) -> Any:
     """Flax's masks are 0/1 arrays of any dtype (`make_causal_mask`, `combine_masks`): what is not 0 takes part."""
     if mask is None or isinstance(mask, Mask):
         return mask
-    return check.as_array(mask, "mask") != 0
+    return check.as_array(mask != 0, "mask")  # first the comparison: a NumPy mask may be float64
 
 
 def _matmul_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:

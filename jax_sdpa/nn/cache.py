@@ -39,11 +39,12 @@ class Chunk:
 
     @classmethod
     def of(cls, batch: int, L: int, lengths: Any = None, padding: str = "right") -> Chunk:
-        """From the sequences' lengths (B,) in the chunk, None = all L, and the side of the padding."""
+        """From the sequences' lengths (B,) in the chunk, 0 to L, None = all L, and the side of the padding."""
         if padding not in ("left", "right"):
             raise ValueError(f"padding must be 'left' or 'right', got {padding!r}.")
         if lengths is None:
             return cls(jnp.zeros(batch, jnp.int32), jnp.full(batch, L, jnp.int32))
+        lengths = jnp.asarray(lengths)
         if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(f"lengths must be integers of shape ({batch},), got {lengths.dtype}{list(lengths.shape)}.")
         count = jnp.clip(lengths.astype(jnp.int32), 0, L)
@@ -61,7 +62,8 @@ class KVCache:
     """Keys and values of B sequences, each of its own length; `layer.make_cache(batch, length)` makes one that fits a layer.
 
     Fields: key (B, slots, H, E), value (B, slots, H, Ev), lengths int32 (B,), the number of tokens so far; window (static):
-    None, or the window whose last keys the slots hold as a ring. A pytree, to be carried through `jit`, `scan` and checkpoints.
+    None, or the window whose last keys the slots hold as a ring. A pytree, to be carried through `jit`, `scan` and checkpoints;
+    donate it to a jitted step (`donate_argnums`), and it is written in place.
 
     A plain cache has as many slots as a sequence may have tokens. Tokens beyond that are not stored, and the layer gives NaN for
     them: traced lengths cannot raise an error, and a wrong number must not look like a right one.

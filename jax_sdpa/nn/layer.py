@@ -174,8 +174,8 @@ class Attention(nnx.Module):
         Args:
             x: (..., L, F); with a cache (B, L, F).
             cache: from `make_cache`, or the one that the last call gave.
-            lengths: integers (B,): how many of the L tokens exist, the others being padding; None = all. With a cache, padding is
-                not stored, and a sequence with 0 keeps what it has.
+            lengths: integers (B,), 0 to L: how many of the L tokens exist, the others being padding; None = all. With a cache,
+                padding is not stored, and a sequence with 0 keeps what it has.
             padding: the side of the padding, 'right' or 'left' (static).
             segment_ids: integers (..., L), the sequence that each token of a packed row belongs to, negative = padding. Rotary
                 positions then begin anew with each one. Not with a cache.
