@@ -117,6 +117,15 @@ def test_left_padded_batch(backend_of_layers, chunk):
     np.testing.assert_array_equal(ours_next, theirs_next.numpy())
 
 
+def test_generation_however_the_prompt_is_cut():
+    model, tokens = small(), jnp.asarray(prompts())
+    expected = decoder.generate(model, tokens, 3)
+    for options in ({"padding": "right", "chunk": 10}, {"padding": "left", "chunk": 7}, {"lengths": [L, L]}):
+        np.testing.assert_array_equal(decoder.generate(model, tokens, 3, **options), expected)
+    with pytest.raises(ValueError, match="pad them on the left"):
+        decoder.generate(model, tokens, 3, lengths=[L, L], padding="right", chunk=10)
+
+
 @pytest.mark.torch
 def test_right_padded_batch_gives_the_same_tokens():
     _, ours = peer()

@@ -151,7 +151,8 @@ def generate(
     logits = None
     for start in range(0, L, chunk or L):
         tokens = prompts[:, start : start + (chunk or L)]
-        here = counts if padding == "right" else jnp.clip(counts - (L - start - tokens.shape[1]), 0, tokens.shape[1])
+        before = start if padding == "right" else L - start - tokens.shape[1]  # tokens on the other side of the chunk
+        here = jnp.clip(counts - before, 0, tokens.shape[1])
         logits, caches = extend(model, tokens, caches, here, padding=padding)
     if logits is None:
         raise ValueError("a prompt needs at least one token.")
