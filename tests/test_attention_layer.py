@@ -187,7 +187,7 @@ def test_prefill_chunks_and_decode(name, cuts, backend_of_layers):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("name", ["grouped, rope", "window"])
+@pytest.mark.parametrize("name", [pytest.param("grouped, rope", marks=pytest.mark.slow), "window"])
 def test_padded_batches(name, padding, backend_of_layers):
     """Sequences of 8, 5 and 1 tokens in one batch, then a chunk of 3, 0 and 2, then decode with one of them finished."""
     layer, step, _ = jitted(name)

@@ -80,6 +80,7 @@ def test_the_same_curve_through_flash(rounded_otherwise):
 TINY = dataclasses.replace(gpt.SMALL, features=32, hidden=64, layers=1, q_heads=2, kv_heads=1)
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_checkpoint(tmp_path):
     """Six steps, and three, saved, restored into another model, and three: the same losses, the same dropout."""
     train = functools.partial(gpt.train, batch=4, length=16)
@@ -112,6 +113,7 @@ def test_the_text_is_ours_and_the_same_each_time():
     assert gpt.encode(gpt.text(0, 100)).max() < gpt.SMALL.vocab_size
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(tmp_path, capsys):
     arguments = ["--steps", "2", "--batch", "2", "--length", "16", "--layers", "1", "--backends", "MATH"]
     gpt.main([*arguments, "--plot", str(tmp_path / "curves.png")])

@@ -127,6 +127,7 @@ def test_generation_however_the_prompt_is_cut():
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_right_padded_batch_gives_the_same_tokens():
     _, ours = peer()
     right = np.zeros_like(prompts())
