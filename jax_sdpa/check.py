@@ -306,6 +306,8 @@ def jax_request(
     return_residual: Any = False,
     softcap: Any = None,
     sinks: Any = None,
+    dropout_p: Any = 0.0,
+    dropout_rng: Any = None,
 ) -> tuple[SdpaRequest, tuple[Any, ...]]:
     """The request of JAX's face, and the shape in which its caller expects the output."""
     q, k, v = _arrays(query, key, value, least_rank=3)
@@ -345,8 +347,8 @@ def jax_request(
         sinks = sinks[None].astype(jnp.promote_types(sinks.dtype, jnp.float32))
     request = _request(
         q, k, v, layout="BLHE", enable_gqa=True, mask=And(tuple(parts)) if parts else None, mask_name="mask or bias",
-        allowed=_implementation(implementation), scale=scale, softcap=softcap, sinks=sinks,
-        returns_lse=_flag(return_residual, "return_residual"),
+        allowed=_implementation(implementation), scale=scale, dropout_p=dropout_p, dropout_rng=dropout_rng, softcap=softcap,
+        sinks=sinks, returns_lse=_flag(return_residual, "return_residual"),
     )  # fmt: skip
     batch = _broadcast_batch(q, k, v)
     return request, (*batch, request.query_len, request.q_heads, request.value_head_dim)

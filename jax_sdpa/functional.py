@@ -108,6 +108,8 @@ def dot_product_attention(
     return_residual: bool = False,
     softcap: float | None = None,
     sinks: Any = None,
+    dropout_p: float = 0.0,
+    dropout_rng: Any = None,
 ) -> Any:
     """Attention in JAX's own convention, (…, L, H, E), on the same engine as `scaled_dot_product_attention`.
 
@@ -117,7 +119,7 @@ def dot_product_attention(
         scores = softcap * tanh(scores / softcap)                         # if softcap
         scores = where(mask & causal & window & lengths, scores + bias, -inf)
         lse = logsumexp([scores, sinks])                                  # sinks: one more logit per head, with no value
-        return einsum("...hls,...she->...lhe", exp(scores - lse), value)
+        return einsum("...hls,...she->...lhe", dropout(exp(scores - lse), dropout_p), value)
 
     Args:
         query: (…, L, Hq, E), float16, bfloat16, float32 or float64; any leading dims, or none.
@@ -132,6 +134,8 @@ def dot_product_attention(
         return_residual: also return lse.
         softcap: positive number, as in Gemma 2; applied after scale, before bias and masks.
         sinks: float (Hq,), a logit per head that takes part in the softmax and has no value, as in gpt-oss; has a gradient.
+        dropout_p, dropout_rng: probability of dropping a weight, and the JAX key that it then needs, as in
+            `scaled_dot_product_attention`, with the same bits.
 
     Returns:
         (…, L, Hq, Ev) in the query's dtype; with `return_residual` also lse (…, L, Hq), float32 (float64 for float64 calls),
@@ -152,7 +156,7 @@ def dot_product_attention(
     request, shape = check.jax_request(
         query, key, value, bias, mask, scale=scale, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, implementation=implementation,
-        return_residual=return_residual, softcap=softcap, sinks=sinks,
+        return_residual=return_residual, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_rng=dropout_rng,
     )  # fmt: skip
     out, lse = _attend(request)
     out = jnp.reshape(out, shape)

@@ -1,4 +1,4 @@
-"""Devices and strictness: 8 virtual CPU devices, torch required unless this leg says it goes without, GPU tests only with a GPU."""
+"""Devices and strictness: 8 virtual CPU devices, torch and flax required unless this leg says it goes without, GPU tests only with a GPU."""
 
 import glob
 import os
@@ -11,6 +11,9 @@ import jax
 import pytest
 
 from jax_sdpa.attention import SDPBackend
+
+FLAX = ["test_attention_layer.py", "test_flax_layers.py", "test_gpt.py", "test_minilm.py", "test_qwen2.py", "test_vit.py"]
+collect_ignore = FLAX if os.environ.get("JAX_SDPA_WITHOUT_FLAX") == "1" else []  # elsewhere a missing flax fails them
 
 XLA_BACKENDS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -33,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=XLA_BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> SDPBackend:
     """Every backend that runs everywhere: each test that takes it must hold for all of them."""
+    return request.param
+
+
+@pytest.fixture(
+    params=[SDPBackend.EFFICIENT_ATTENTION, pytest.param(SDPBackend.MATH, marks=pytest.mark.slow)], ids=lambda b: b.name
+)
+def backend_of_layers(request: pytest.FixtureRequest) -> SDPBackend:
+    """The same for whole layers and models, whose every backend is tested elsewhere: MATH among the slow tests."""
     return request.param
 
 

@@ -119,6 +119,7 @@ PUBLIC = {
         *(f"can_use_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         "SDPAParams", "is_flash_attention_available", "allow_fp16_bf16_reduction_math_sdp",
     },
+    "jax_sdpa.nn": {"Attention", "AttentionFn", "KVCache", "MeshAxes", "Rope", "attention_fn", "positions_in_segments"},
 }  # fmt: skip
 
 

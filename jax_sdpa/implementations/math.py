@@ -23,12 +23,21 @@ from jax_sdpa.request import SdpaRequest
 
 def attention(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     """softmax(softcap(scale * q @ k.T) + masks) @ v, everything in float32 (float64), one rounding at the end."""
-    dtype = request.query.dtype if request.spec.low_precision_math else scores.compute_dtype(request)
+    p, lse = probabilities(request)
+    return mixture(request, dropped(request, p)), lse
+
+
+def _dtype(request: SdpaRequest) -> Any:
+    return request.query.dtype if request.spec.low_precision_math else scores.compute_dtype(request)
+
+
+def probabilities(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
+    """(softmax(softcap(scale * q @ k.T) + masks), lse): (B, Hq, L, S) and (B, Hq, L), before dropout."""
+    dtype = _dtype(request)
     einsum = partial(jnp.einsum, precision=request.spec.precision)
     b, h, g = request.batch, request.kv_heads, request.group
     q = request.query.astype(dtype)
     k = scores.seen_only(request, request.key).astype(dtype)
-    v = scores.seen_only(request, request.value).astype(dtype)
     q, k = scores.split_scale(request, q, k)
     if request.spec.layout == "BHLE":
         q = q.reshape(b, h, g, *q.shape[2:])
@@ -57,13 +66,22 @@ def attention(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     total = jnp.where(empty, 1, total)
     p = p / total
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
+    return p, lse.astype(scores.compute_dtype(request))
 
-    if (survivors := scores.survivors(request, *everything, p.dtype)) is not None:
-        p = p * survivors
-    p = p.reshape(b, h, g, request.query_len, request.key_len)
+
+def dropped(request: SdpaRequest, p: jax.Array) -> jax.Array:
+    """p with the request's dropout."""
+    survivors = scores.survivors(request, 0, request.query_len, 0, request.key_len, p.dtype)
+    return p if survivors is None else p * survivors
+
+
+def mixture(request: SdpaRequest, p: jax.Array) -> jax.Array:
+    """p @ v in the request's layout and dtype; p: (B, Hq, L, S), what the softmax, and dropout, left."""
+    v = scores.seen_only(request, request.value).astype(_dtype(request))
+    p = p.reshape(request.batch, request.kv_heads, request.group, request.query_len, request.key_len)
     equation = "bhgls,bhse->bhgle" if request.spec.layout == "BHLE" else "bhgls,bshe->blhge"
-    out = einsum(equation, p, v).reshape(request.out_shape)
-    return out.astype(request.query.dtype), lse.astype(scores.compute_dtype(request))
+    out = jnp.einsum(equation, p, v, precision=request.spec.precision)
+    return out.reshape(request.out_shape).astype(request.query.dtype)
 
 
 def of_operands(request: SdpaRequest, wrt: tuple[str, ...]) -> Any:

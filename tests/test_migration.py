@@ -1,0 +1,15 @@
+"""The migration page's Python, from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
+
+
+@pytest.mark.torch
+def test_the_page_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.S | re.M)
+    assert len(blocks) == 14
+    exec(compile("\n".join(blocks), str(PAGE), "exec"), {})
