@@ -96,7 +96,7 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
             "fused, any order, three stages": dataclasses.replace(loose, stages=3),
             "fused, any order, float32 p": dataclasses.replace(loose, half=False),
         }.items():
-            found[name] = of(fused=own)
+            found[name] = of(fused=backward_tuning.fitted("fused", own, head_dim=case.head_dim, value_head_dim=case.head_dim))
     if case.head_dim == 256:
         found["dq not plain"] = of(dq=WalkConfig(masks_all=True, brief=1))
         found["dq one warpgroup"] = of(dq=WalkConfig(warpgroups=1, masks_all=True))
