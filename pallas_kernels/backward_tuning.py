@@ -32,11 +32,7 @@ def backward_config(
     elif wide <= 192:
         dq = dk = dv = WalkConfig(masks_all=True)
     else:
-<<<<<<< HEAD
-        # not measured: two warpgroups that spill 170 to 400 bytes, not one that spills 60 to 270 with nobody to fill its gaps
-=======
         # not measured: two warpgroups that spill 170 to 400 bytes, for one that spills 60 to 270 and has nobody to fill its gaps
->>>>>>> backward
         dq = WalkConfig(masks_all=True, brief=1, plain=True)
         dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)
         dv = WalkConfig(masks_all=True)
