@@ -130,7 +130,7 @@ def _written(bias: Any, facts: Any, run: Any, given: list[Any], interpret: Any) 
     shape = (*bias.shape[:2], *facts.shape)
     if interpret is not None:
         *results, tiles = run(*given)
-        return results, jnp.where(jnp.isnan(tiles), 0, tiles)  # where no tile was written
+        return results, unwritten_as_zero(tiles)
     return with_reference(run, given, given[:1], jnp.zeros(shape, bias.dtype))
 
 
@@ -142,10 +142,18 @@ def scale_of_sums(scale: Any) -> Any:
 def added_into(shape: tuple[int, ...], run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
     """(run's results, the float32 sums of `shape` that it adds up in memory)."""
     if interpret is not None:
-        *results, parts = run(*given)  # a tile that nobody wrote is NaN throughout
-        tiles = parts.reshape(*parts.shape[:3], -1, 64, parts.shape[-1])
-        return results, jnp.where(jnp.isnan(tiles).all((-1, -2), keepdims=True), 0, tiles).reshape(parts.shape).sum(0)
+        *results, parts = run(*given)
+        return results, unwritten_as_zero(parts).sum(0)
     return with_reference(run, given, given[1:3], jnp.zeros(shape, jnp.float32))
+
+
+def unwritten_as_zero(x: jax.Array) -> jax.Array:
+    """Zeros in place of the tiles (64, 64) that are NaN throughout, as the interpreter's memory is before it is written."""
+    *lead, rows, columns = x.shape
+    wide = jnp.pad(x, ((0, 0),) * len(lead) + ((0, -rows % 64), (0, -columns % 64)), constant_values=jnp.nan)
+    tiles = wide.reshape(*lead, wide.shape[-2] // 64, 64, wide.shape[-1] // 64, 64)
+    tiles = jnp.where(jnp.isnan(tiles).all((-3, -1), keepdims=True), 0, tiles)
+    return tiles.reshape(wide.shape)[..., :rows, :columns]
 
 
 def with_reference(run: Any, given: list[Any], like: list[Any], start: jax.Array) -> tuple[list[jax.Array], jax.Array]:

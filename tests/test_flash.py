@@ -335,10 +335,11 @@ def test_row_tiles_leave_no_sm_idle():
     def row_tiles(B, H, L, E, **options):
         return forward_config(heads=B * H, query_len=L, key_len=L, head_dim=E, value_head_dim=E, **options).row_tiles
 
-    assert row_tiles(32, 16, 512, 128) == 16  # 2048 row tiles: 128 programs
-    assert row_tiles(32, 32, 512, 64) == 12  # 3072: 256 programs, two rounds
-    assert row_tiles(8, 16, 2048, 128, masked=True, sloped=True) == 8
-    assert row_tiles(1, 16, 16384, 128) == row_tiles(1, 1, 128, 128) == row_tiles(32, 8, 512, 256) == 1
+    assert row_tiles(32, 16, 512, 128) == 16  # 2048 row tiles: 128 programs, one for each SM
+    assert row_tiles(32, 32, 512, 64) == 24  # 3072: 128 programs
+    assert row_tiles(8, 16, 2048, 128, masked=True, sloped=True) == row_tiles(1, 16, 16384, 128) == 16
+    assert row_tiles(1, 1, 128, 128) == 1
+    assert row_tiles(32, 8, 512, 256) == 8
 
 
 @needs_mosaic
