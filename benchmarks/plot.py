@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plot benchmarks/results/NAME.json PICTURE.svg`: what `benchmarks.gpu` measured, as bars; needs matplotlib."""
+"""`python -m benchmarks.plot benchmarks/results/NAME.json PICTURE.svg`: what `benchmarks.gpu` measured, as bars (matplotlib)."""
 
 from __future__ import annotations
 
