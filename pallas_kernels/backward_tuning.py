@@ -23,9 +23,10 @@ def backward_config(
     wide = max(head_dim, value_head_dim)
     dkv: WalkConfig | None = None
     if wide <= 64:
-        dq = dv = WalkConfig(block_k=128)
+        # beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)
+        dq = dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
-        dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked else WalkConfig()
+        dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
