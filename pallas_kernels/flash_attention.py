@@ -76,8 +76,8 @@ def forward(
         sinks: (B|1, Hq). seeds: uint32 (B|1, Hq|1, 2), with dropout_p > 0 and the generator of the bits.
         config: how to cut the work; None: `tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
 
-    Keys that the mask hides may hold anything, and so may the values that it hides from every query, by numbers; values that ids or
-    `keep` hide must be numbers.
+    Keys that the mask hides may hold anything, and so may the values that it hides from every query, by numbers and with no `keep`
+    beside it; values that ids or `keep` hide must be numbers.
     """
     from pallas_kernels import hopper_forward  # jax 0.11.2 and newer only
 

@@ -8,12 +8,13 @@ products straight from registers (FlashAttention-3's backward does the same, arX
 Grid: programs, one item each: batch entry, key/value head, key tile of `warpgroups` x 64 keys. It walks, for each query head of the
 group, the query tiles that the mask leaves, so dk and dv of the group's heads add up in registers.
 
-Who waits for what, per stage of the rings (a slot of one holds a tile of Q and its rows' numbers, of the other one of dO); s of the
-next step is begun in this one, so Q has one stage more:
-
 Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, which a TMA reduce-add puts into
 a float32 workspace; 5 products for the split pair's 7. Key tiles add to a tile of dq in the order of their numbers
-(unless config.ordered is False: dq's last bits then vary). A program waits only for smaller numbers, which were started before it.
+(unless config.ordered is False: dq's last bits then vary). A program waits only for smaller numbers, and takes for granted
+that the chip starts programs in that order.
+
+Who waits for what, per stage of the rings (a slot of one holds a tile of Q and its rows' numbers, of the other one of dO); s of the
+next step is begun in this one, so Q has `ahead` stages more, where they fit:
 
     ds_ready              between the computing warpgroups: ds of all keys lies in its buffer, one of two
     kv_ready              the program's keys and values have arrived

@@ -175,6 +175,18 @@ def test_what_a_mask_hides_may_hold_anything_and_empty_rows_too():
     check(problem, interpreted(problem.but(**poisoned), mask, gradients=True))
 
 
+@needs_mosaic
+@pytest.mark.parametrize("keys", [136, 1], ids=["as large as the scores", "of queries"])
+def test_what_a_mask_hides_may_hold_anything_beside_a_dense_one(keys):
+    """The kernel sees one mask then, in which nothing says which values nobody sees."""
+    keep = lengths(72, 136, [100, 33])
+    dense = np.random.default_rng(2).random((2, 1, 72, keys)) < 0.8
+    problem = make(72, 136, Hq=2, Hk=1, keep=keep & dense, E=64).rounded("bfloat16")
+    poisoned = problem.but(value=problem.value.copy())
+    poisoned.value[0, :, 100:], poisoned.value[1, :, 33:] = np.nan, np.inf
+    check(problem, interpreted(poisoned, KeyLengths(jnp.array([100, 33])) & jnp.asarray(dense)))
+
+
 @pytest.mark.gpu
 def test_under_vmap_jvp_and_second_derivatives():
     q, k, v = (jax.random.normal(key, (3, 2, 2, 72, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
@@ -311,8 +323,8 @@ def test_what_flash_refuses_and_notes():
         return
     assert "Gradients run the kernels; forward mode and second derivatives the XLA implementation" in about(q)
     bias = jax.ShapeDtypeStruct((256, 256), jnp.float32)
-    assert "Gradients run the kernels" in about(q, bias)
-    assert "Gradients run the XLA implementation, from the saved lse: the backward kernels have no gradient yet of a bias" in about(
+    assert "one of them is not here: the backward kernels have no gradient yet of a bias (L, S)" in about(q, bias)
+    assert "Gradients run the XLA implementation, all of them, from the saved lse: the backward kernels" in about(
         q, bias, grad=True
     )
     assert "A padded copy is made of query, key, value" in about(odd)
@@ -321,6 +333,8 @@ def test_what_flash_refuses_and_notes():
     for mask in (ids, KeyLengths(jax.ShapeDtypeStruct((1,), jnp.int32)), QueryLengths(jax.ShapeDtypeStruct((1,), jnp.int32))):
         assert "Gradients copy what the mask hides" in about(q, mask)
     assert "cop" not in about(q, causal())
+    dense = KeyLengths(jax.ShapeDtypeStruct((1,), jnp.int32)) & np.ones((256, 256), bool)
+    assert "The values are copied" in about(q, dense)
     assert "head dims from 1 to 256. Got 264 and 264" in about(jax.ShapeDtypeStruct((1, 2, 256, 264), jnp.bfloat16))
     assert "a scale that is finite, got inf" in about(q, scale=float("inf"))
     choice = explain(

@@ -67,23 +67,28 @@ class Flash(Implementation):
         names = flash_attention.padding(
             request.query_len, request.key_len, request.head_dim, request.value_head_dim, dense.tile_bytes(request.bias)
         )  # fmt: skip
-        reasons = _against_kernels(request, request.spec.wrt)
-        notes = [f"Gradients run the XLA implementation, from the saved lse: {reason}" for reason in reasons]
-        if not reasons:
-            notes.append(
-                "Gradients run the kernels; forward mode and second derivatives the XLA implementation, from the saved lse."
-            )
+        wrt = request.spec.wrt
+        reasons = _against_kernels(request, wrt or tuple(name for name in ("bias", "scale") if getattr(request, name) is not None))
+        if wrt and reasons:
+            notes = [f"Gradients run the XLA implementation, all of them, from the saved lse: {' '.join(reasons)}"]
+        else:
+            notes = ["Gradients run the kernels; forward mode and second derivatives the XLA implementation, from the saved lse."]
+            if reasons:
+                notes += [f"All gradients of a call run the XLA implementation if one of them is not here: {' '.join(reasons)}"]
         if names:
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
-        if has_ids(request.mask):
+        if _copies_values(request):
             notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
-        if not reasons and (_may_hide(request) or _may_be_empty(request)):
-            notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
+        if not (wrt and reasons):
+            if _may_hide(request) or _may_be_empty(request):
+                notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
+            if dense.tile_bytes(request.bias):
+                notes.append("Gradients of key and value copy the bias, transposed.")
         return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
-        value = scores.seen_only(request, request.value) if has_ids(request.mask) else request.value  # else the kernel does it
+        value = scores.seen_only(request, request.value) if _copies_values(request) else request.value
         return flash_attention.forward(
             request.query, request.key, value, layout=spec.layout,
             scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
@@ -129,6 +134,12 @@ def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
     if "scale" in wrt:
         reasons.append("the backward kernels have no gradient of a traced scale.")
     return reasons
+
+
+def _copies_values(request: SdpaRequest) -> bool:
+    """Whether XLA puts zeros in place of values that nobody sees; where a mask says by numbers which these are, the kernel does.
+    Beside a dense mask it may not see the structured one (`flash_attention.hidden_by`)."""
+    return has_ids(request.mask) or (request.keep_mask is not None and _may_hide(request))
 
 
 def _may_hide(request: SdpaRequest) -> bool:
