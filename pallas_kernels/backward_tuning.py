@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from pallas_kernels import tuning
 from pallas_kernels.contracts import BackwardConfig, WalkConfig
-from pallas_kernels.tuning import SHARED_MEMORY
 from pallas_kernels.visits import cdiv
 
 
@@ -55,11 +54,7 @@ LESS: tuple[dict[str, Any], ...] = (
 
 def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig:
     """The configuration, with less where it needs more shared memory than there is."""
-    for less in LESS:
-        if shared_bytes(kernel, config, **facts) <= SHARED_MEMORY:
-            break
-        config = dataclasses.replace(config, **less)
-    return config
+    return tuning.fitted(config, LESS, lambda config: shared_bytes(kernel, config, **facts))
 
 
 def shared_bytes(

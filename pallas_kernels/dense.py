@@ -34,6 +34,16 @@ def tile_bytes(bias: Any) -> int:
     return bias.dtype.itemsize if bias is not None and kind(bias) == "tile" else 0
 
 
+SWIZZLE = 32  # bytes: the narrowest that a tile can have in shared memory, and so what a bias's rows must be a multiple of
+
+
+def padded(bias: jax.Array) -> jax.Array:
+    """A bias as large as the scores as TMA wants it: rows in eights, each a multiple of SWIZZLE, or, made anew, of the widest."""
+    rows, columns = bias.shape[2:]
+    more = -rows % 8, 0 if columns * bias.dtype.itemsize % SWIZZLE == 0 else -columns % 64
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, more[0]), (0, more[1]))) if any(more) else bias
+
+
 def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
     """A bool mask as int32 words, lengths filled up to whole tiles with what is masked; see the table above."""
     _, _, L, S = keep.shape

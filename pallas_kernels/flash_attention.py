@@ -15,8 +15,6 @@ from pallas_kernels import dense, tuning
 from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.visits import cdiv
 
-SWIZZLE = 32  # bytes: the narrowest that a tile can have in shared memory, and so what a bias's rows must be a multiple of
-
 
 def up(size: int, to: int) -> int:
     return cdiv(size, to) * to
@@ -31,7 +29,7 @@ def padding(query_len: int, key_len: int, head_dim: int, value_head_dim: int, bi
         names.append("key")
     if key_len % 8 or value_head_dim % 16:
         names.append("value")
-    if (query_len % 8 and bias_bytes) or key_len * bias_bytes % SWIZZLE:
+    if (query_len % 8 and bias_bytes) or key_len * bias_bytes % dense.SWIZZLE:
         names.append("bias")
     return tuple(names)
 
@@ -91,8 +89,7 @@ def forward(
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     if bias_bytes := dense.tile_bytes(bias):
-        wide = S if S * bias_bytes % SWIZZLE == 0 else up(S, 64)  # made anew, it is made for the widest swizzle
-        bias = longer(bias, {2: up(L, 8), 3: wide})
+        bias = dense.padded(bias)
     if config is None:
         config = tuning.forward_config(
             heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,

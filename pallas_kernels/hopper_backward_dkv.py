@@ -31,7 +31,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -41,8 +40,9 @@ from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_memory import rows_of, tile
-from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, survivor_scale
-from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, walk_of
+from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
+from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, survivor_scale, walk_of
 from pallas_kernels.visits import cdiv
 
 
@@ -95,9 +95,6 @@ def dkv(
         key_tile = items.row_tiles - 1 - from_behind  # heaviest first: under a causal mask all queries see the first keys
         base = key_tile * config.rows + wg * bk
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
-
-        def slot(n: Any, of: int) -> Any:
-            return lax.rem(n, np.int32(of))
 
         def head(r: Any) -> Any:
             return kv_head * group + r
@@ -286,22 +283,9 @@ def dkv(
                 return advanced(r, i)
 
             lax.fori_loop(zero, steps, step, (zero, zero))
-            for free, of in ((q_free, q_stages), (do_free, do_stages)):  # every completed phase must be waited for
-                wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
-                lax.fori_loop(visits.greatest(steps - of, 0) + zero, steps, wait, None)
-            operands.wait_for_bias(refs, config, steps)
+            drain([(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], steps)
 
-        @pl.when(wg < n_wg)
-        def _compute() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[0], action="increase")
-            compute()
-
-        @pl.when(wg == n_wg)
-        def _load() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[1], action="decrease")
-            load()
+        in_roles(config, wg, compute, load, interpret)
 
     rows_out = cdiv(shape.key_len, 8) * 8
     dims = {"dk": E, "dv": Ev}
@@ -311,16 +295,14 @@ def dkv(
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     if fused and interpret is not None:
         sizes.append((items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E))
-    return plgpu.kernel(
+    return launch(
         kernel,
+        config,
         out_type=[
             *(jax.ShapeDtypeStruct(size, dtype if len(size) == 4 else jnp.float32) for size in sizes),
             *([jax.ShapeDtypeStruct((B, shape.q_heads, items.row_tiles * config.rows), jnp.float32)] if adds_up else []),
         ],
-        grid=(items.programs,),
-        grid_names=("program",),
-        num_threads=n_wg + 1,
-        thread_name="wg",
+        programs=items.programs,
         scratch_types={
             "k_s": tile((config.rows,), E, dtype),
             **({"v_s": tile((config.rows,), Ev, dtype)} if needs_v or own_dv else {}),
@@ -341,9 +323,5 @@ def dkv(
             "q_free": barrier(num_arrivals=n_wg, num_barriers=q_stages),
             "do_free": barrier(num_arrivals=n_wg, num_barriers=do_stages),
         },
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,
-            unsafe_no_auto_barriers=True,
-        ),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )  # fmt: skip

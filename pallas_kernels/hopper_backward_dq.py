@@ -33,20 +33,16 @@ from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_memory import rows_of, tile
-from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, survivor_scale
-from pallas_kernels.hopper_scores import ROW, TILE, filled, walk_of
+from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
+from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_scores import ROW, TILE, filled, survivor_scale, walk_of
 from pallas_kernels.visits import cdiv
 
 
 def dq(
-    shape: ForwardShape,
-    config: WalkConfig,
-    operands: Operands,
-    *,
-    adds_up: bool = False,
-    stores: bool = False,
+    shape: ForwardShape, config: WalkConfig, operands: Operands, *, adds_up: bool = False, stores: bool = False,
     interpret: Any = None,
-) -> Callable[..., list[jax.Array]]:
+) -> Callable[..., list[jax.Array]]:  # fmt: skip
     """A function (query, key, value, dout, numbers, *operands.arrays) -> [dq, as long as query is].
 
     Rows are queries. numbers: `hopper_operands.row_numbers` of whole row tiles, delta divided by what dropout scales survivors by.
@@ -75,9 +71,6 @@ def dq(
         b, h, row_tile = items.at(lax.axis_index("program"), 0)
         base = row_tile * config.rows + wg * bq
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
-
-        def slot(n: Any, of: int = stages) -> Any:
-            return lax.rem(n, np.int32(of))
 
         def compute() -> None:
             plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_s.at[wg], own_ready.at[wg])
@@ -121,7 +114,7 @@ def dq(
 
             def step(i: Any, carried: Any) -> Any:
                 acc, ds, sums = carried
-                now, before, v_now, packed = slot(i), slot(i - 1), slot(i, v_stages), rows.keep_words(i)
+                now, before, v_now, packed = slot(i, stages), slot(i - 1, stages), slot(i, v_stages), rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 carried = products.queries_step(
                     q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
@@ -140,7 +133,7 @@ def dq(
             carried, steps = (filled((bq, E), 0.0, TILE), ds, tuple(sums)), rows.walk.steps
             if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
                 carried = lax.fori_loop(1 + zero, steps + zero, step, carried)
-            end = slot(steps - 1 + zero)
+            end = slot(steps - 1 + zero, stages)
             acc, ds, sums = carried
             acc = products.add(acc, ds, k_s.at[end])
             plgpu.barrier_arrive(k_free.at[end])
@@ -164,7 +157,7 @@ def dq(
             kv_head = lax.div(h, np.int32(shape.group))
 
             def step(i: Any, _: Any) -> None:
-                now, t = slot(i), walk.tile(i)
+                now, t = slot(i, stages), walk.tile(i)
                 operands.bring_bias(refs, config, b, h, row_tile, t, i)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
@@ -173,36 +166,21 @@ def dq(
                 plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[v_now], v_ready.at[v_now])
 
             lax.fori_loop(zero, walk.steps + zero, step, None)
-            for free, of in ((k_free, stages), (v_free, v_stages)):  # every completed phase must be waited for
-                wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
-                lax.fori_loop(visits.greatest(walk.steps - of, 0) + zero, walk.steps + zero, wait, None)
-            operands.wait_for_bias(refs, config, walk.steps + zero)
+            drain([(k_free, stages), (v_free, v_stages), *operands.bias_rings(refs, config)], walk.steps + zero)
 
-        @pl.when(wg < n_wg)
-        def _compute() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[0], action="increase")
-            compute()
-
-        @pl.when(wg == n_wg)
-        def _load() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[1], action="decrease")
-            load()
+        in_roles(config, wg, compute, load, interpret)
 
     rows_out = cdiv(shape.query_len, 8) * 8
     barrier = plgpu.Barrier
-    return plgpu.kernel(
+    return launch(
         kernel,
+        config,
         out_type=[
             jax.ShapeDtypeStruct((B, Hq, rows_out, E) if shape.layout == "BHLE" else (B, rows_out, Hq, E), dtype),
             *([jax.ShapeDtypeStruct((B, Hq, items.row_tiles * config.rows), jnp.float32)] if adds_up else []),
             *([operands.bias_like((B, Hq))] if stores and interpret is not None else []),
         ],
-        grid=(items.programs,),
-        grid_names=("program",),
-        num_threads=n_wg + 1,
-        thread_name="wg",
+        programs=items.programs,
         scratch_types={
             "q_s": tile((n_wg, bq), E, dtype),
             "do_s": tile((n_wg, bq), Ev, dtype),
@@ -217,9 +195,5 @@ def dq(
             **operands.bias_ring(config),
             **({"ds_s": operands.bias_tile((n_wg, bq), bk)} if stores else {}),
         },
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,
-            unsafe_no_auto_barriers=True,
-        ),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )  # fmt: skip

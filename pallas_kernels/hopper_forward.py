@@ -32,8 +32,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape, has_ids
+from pallas_kernels.hopper_memory import rows_of, swizzle_of, tile, transforms
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, clear, filled, seen_by_any, shared, walk_of
+from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, clear, filled, seen_by_any, shared, survivor_scale, walk_of
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
 
@@ -71,21 +73,7 @@ def forward(
         generator=generator, products=Wgmma(interpret is not None),
     )  # fmt: skip
     products, bias_kind = recipe.products, recipe.bias_kind
-
-    def swizzled(dim: int, dtype: Any = dtype) -> tuple[int, int]:
-        """(swizzle in bytes, the columns that it spans): the widest of which `dim` is a multiple."""
-        bits = 8 * jnp.dtype(dtype).itemsize
-        swizzle = plgpu.find_swizzle(dim * bits, "attention tile")
-        return swizzle, 8 * swizzle // bits
-
-    def transforms(dim: int, dtype: Any = dtype) -> tuple[Any, ...]:
-        """The layout in shared memory that wgmma and TMA share."""
-        swizzle, columns = swizzled(dim, dtype)
-        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
-
-    def at(ref: Any, b: Any, start: Any, length: int, h: Any) -> Any:
-        """Rows [start, start + length) of one head of an operand."""
-        return ref.at[b, h, pl.ds(start, length)] if shape.layout == "BHLE" else ref.at[b, pl.ds(start, length), h]
+    at = functools.partial(rows_of, shape.layout)
 
     def kernel(*operands: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
                v_free: Any, v_came: Any = None, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None,
@@ -114,16 +102,13 @@ def forward(
         def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
             return lax.fori_loop(start + zero, stop + zero, body, state)
 
-        def slot(n: Any, of: int = stages) -> Any:
-            return lax.rem(n, np.int32(of))
-
         def q_slot(n: Any) -> Any:
             return wg + n_wg * slot(n + zero, 2) if config.queries == 2 else wg
 
         def place(n: Any) -> tuple[Any, Any, Any]:
             """(b, h, this warpgroup's first row) of item n."""
-            b, h, tile = items.at(program, n)
-            return b, h, tile * config.rows + wg * bq
+            b, h, row_tile = items.at(program, n)
+            return b, h, row_tile * config.rows + wg * bq
 
         def load_q(n: Any) -> None:
             """Ask for this warpgroup's rows of item n."""
@@ -142,7 +127,7 @@ def forward(
             b, h, base = place(n)
             share, lse = online_softmax.finish(m, l, recipe.factor, huge=recipe.huge)
             if recipe.drops:
-                share = share * (1 / (1 - generator.rounded(shape.dropout_p)))
+                share = share * survivor_scale(shape, generator)
             out_tile, out = out_s.at[wg] if own_out else q_s.at[q_slot(n)], at(out_ref, b, base, bq, h)
             acc = acc * over_columns(share, acc)
             for column in range(0, Ev, width):
@@ -174,7 +159,7 @@ def forward(
 
             def step(i: Any, state: Any) -> Any:
                 acc, m, l, p = state
-                now, before = slot(done + i), slot(done + i - 1)
+                now, before = slot(done + i, stages), slot(done + i - 1, stages)
                 packed = rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 acc, (m, l, shrink, p) = products.step(
@@ -189,7 +174,7 @@ def forward(
             first = rows.lead
             if not isinstance(first, int):
                 loop(0, first, pass_by, None)
-            packed, now = rows.keep_words(first), slot(done + first)
+            packed, now = rows.keep_words(first), slot(done + first, stages)
             plgpu.barrier_wait(q_ready.at[q_slot(n)])
             plgpu.barrier_wait(k_ready.at[now])
             q_tile = q_s.at[q_slot(n)]
@@ -207,7 +192,7 @@ def forward(
             if several and config.queries == 1:
                 prefetch(n + 1)
             done = done + rows.walk.steps
-            end = slot(done - 1)
+            end = slot(done - 1, stages)
             plgpu.barrier_wait(v_ready.at[end])
             acc = products.add(acc, p, v_s.at[end])
             plgpu.barrier_arrive(v_free.at[end])
@@ -225,8 +210,8 @@ def forward(
 
         def load(n: Any, done: Any) -> Any:
             """The tiles of item n, as soon as there is room; `done` as in attend."""
-            b, h, tile = items.at(program, n)
-            walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
+            b, h, row_tile = items.at(program, n)
+            walk = walk_of(recipe, refs, b, h, row_tile, row_tile * config.rows, config.rows)
             kv_head = lax.div(h, np.int32(shape.group))
             seen = seen_by_any(recipe, refs, b)
 
@@ -241,7 +226,7 @@ def forward(
                 now = room(k_free)
                 plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
                 if bias_s is not None:
-                    where = pl.ds(tile * config.rows, config.rows), pl.ds(t * bk, bk)
+                    where = pl.ds(row_tile * config.rows, config.rows), pl.ds(t * bk, bk)
                     now = room(bias_free, config.bias_stages)
                     plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s.at[now], bias_ready.at[now])
                 now = room(v_free)
@@ -256,29 +241,18 @@ def forward(
                 def _() -> None:
                     plgpu.copy_gmem_to_smem(values, tile_v, v_came)
                     plgpu.barrier_wait(v_came)
-                    clear(tile_v, t * bk, *seen, columns=swizzled(Ev)[1])
+                    clear(tile_v, t * bk, *seen, columns=swizzle_of(Ev, dtype)[1])
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(v_ready.at[now])
 
             loop(0, walk.steps, step, None)
             return done + walk.steps
 
-        @pl.when(wg < n_wg)
-        def _compute() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[0], action="increase")
-            compute()
-
-        @pl.when(wg == n_wg)
-        def _load() -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.registers[1], action="decrease")
+        def load_all() -> None:
             done = loop(0, count, load, zero) if several else load(0, zero)
+            drain([(free, of) for _, free, of in rings], done)
 
-            # every completed phase must be waited for before the program ends
-            for _, free, of in rings:
-                wait = lambda number, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(number, of)])  # noqa: E731
-                loop(visits.greatest(done - of, 0), done, wait, None)
+        in_roles(config, wg, compute, load_all, interpret)
 
     rows_out = cdiv(L, 8) * 8
     out_shape = (B, Hq, rows_out, Ev) if shape.layout == "BHLE" else (B, rows_out, Hq, Ev)
@@ -287,18 +261,16 @@ def forward(
     q_slots = config.queries * n_wg
     bias_transforms = transforms(math.gcd(bk, bias.shape[3]), bias.dtype) if bias is not None and bias_kind == "tile" else ()
     free = barrier(num_arrivals=n_wg, num_barriers=stages)
-    call = plgpu.kernel(
+    call = launch(
         kernel,
+        config,
         out_type=[jax.ShapeDtypeStruct(out_shape, dtype), jax.ShapeDtypeStruct((B, Hq, lse_len), jnp.float32)],
-        grid=(items.programs,),
-        grid_names=("program",),
-        num_threads=n_wg + 1,
-        thread_name="wg",
+        programs=items.programs,
         scratch_types={
-            "q_s": smem((q_slots, bq, E), dtype, transforms=transforms(E)),
-            "k_s": smem((stages, bk, E), dtype, transforms=transforms(E)),
-            "v_s": smem((stages, bk, Ev), dtype, transforms=transforms(Ev)),
-            **({"out_s": smem((n_wg, bq, width), dtype, transforms=transforms(width))} if own_out else {}),
+            "q_s": tile((q_slots, bq), E, dtype),
+            "k_s": tile((stages, bk), E, dtype),
+            "v_s": tile((stages, bk), Ev, dtype),
+            **({"out_s": tile((n_wg, bq), width, dtype)} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
             **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned else {}),
             "q_ready": barrier(num_barriers=q_slots),
@@ -313,12 +285,7 @@ def forward(
                 "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
             } if bias is not None and bias_kind == "tile" else {}),
         },
-        # no cross-warp reduction: a row of a WGMMA tile lies within four threads
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,
-            unsafe_no_auto_barriers=True,
-        ),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )  # fmt: skip
 
     def run(

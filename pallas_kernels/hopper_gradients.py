@@ -12,7 +12,6 @@ With dropout p bears the decision in its sign: dropped where negative. So one re
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contracts import WalkConfig
-from pallas_kernels.hopper_scores import TILE, Rows
+from pallas_kernels.hopper_scores import TILE, Rows, scale_at
 from pallas_kernels.online_softmax import LOG2E
 
 
@@ -59,7 +58,7 @@ class GradientRows(Rows):
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, slope = recipe.shape, None
         if not recipe.waits:
-            s = s * (shape.scale if refs.scale is None else refs.scale[0 if refs.scale.shape[0] == 1 else self.b])
+            s = s * scale_at(shape, refs, self.b)
         if shape.softcap is not None:
             y = 2 / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))  # tanh = 1 - y
             s, slope = shape.softcap - shape.softcap * y, y * (2 - y)
@@ -67,11 +66,7 @@ class GradientRows(Rows):
             s = s + self._addend(t, number)
         if recipe.mask is not None or packed or recipe.ragged:
             # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
-            cut = True if recipe.drops or cast(WalkConfig, recipe.config).masks_all else self.walk.partial(i)
-            if not isinstance(cut, bool):
-                s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)
-            elif cut:
-                s = self._masked(s, t, packed)
+            s = self._cut(s, i, t, packed, always=recipe.drops or cast(WalkConfig, recipe.config).masks_all)
         if existing is not None:
             row = self._index(0)
             s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)

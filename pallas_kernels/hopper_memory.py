@@ -9,11 +9,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def transforms(dim: int, dtype: Any) -> tuple[Any, ...]:
-    """The layout in shared memory that wgmma and TMA share: the widest swizzle of which `dim` is a multiple."""
+def swizzle_of(dim: int, dtype: Any) -> tuple[int, int]:
+    """(bytes of the swizzle, the columns that it spans): the widest of which `dim` is a multiple."""
     bits = 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(dim * bits, "attention tile")
-    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+    return swizzle, 8 * swizzle // bits
+
+
+def transforms(dim: int, dtype: Any) -> tuple[Any, ...]:
+    """The layout in shared memory that wgmma and TMA share."""
+    swizzle, columns = swizzle_of(dim, dtype)
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
 
 def tile(rows: tuple[int, ...], dim: int, dtype: Any) -> Any:

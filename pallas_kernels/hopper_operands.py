@@ -12,16 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, visits
-from pallas_kernels.contracts import ForwardShape, WalkConfig
+from pallas_kernels.contracts import ForwardShape, WalkConfig, has_ids
 from pallas_kernels.hopper_memory import transforms
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_scores import Recipe, Refs, shared
+from pallas_kernels.hopper_program import slot
+from pallas_kernels.hopper_scores import Recipe, Refs, scale_at, shared, survivor_scale
 from pallas_kernels.online_softmax import LOG2E
 from pallas_kernels.visits import cdiv
 
@@ -40,13 +39,6 @@ def row_numbers(lse: jax.Array, delta: jax.Array, length: int, row_sum: jax.Arra
     wide = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, more)), constant_values=fill)  # noqa: E731
     numbers = [wide(lse, jnp.inf), wide(delta, 0.0)]
     return jnp.stack(numbers if row_sum is None else [*numbers, wide(jnp.log2(row_sum), 0.0)], axis=2)
-
-
-def padded_bias(bias: jax.Array) -> jax.Array:
-    """A bias as large as the scores as TMA wants it: rows in eights, each a multiple of the narrowest swizzle, 32 bytes."""
-    rows, columns = bias.shape[2:]
-    more = -rows % 8, 0 if columns * bias.dtype.itemsize % 32 == 0 else -columns % 64
-    return jnp.pad(bias, ((0, 0), (0, 0), (0, more[0]), (0, more[1]))) if any(more) else bias
 
 
 def query_words(generator: Any, seeds: jax.Array, length: int) -> jax.Array:
@@ -89,14 +81,14 @@ class Operands:
             keep, bias = (None if x is None else jnp.swapaxes(x, 2, 3) for x in (keep, bias))
             rows, columns = columns, rows
         arrays, structure = jax.tree.flatten(mask)
-        has_ids = any(array.ndim == 2 for array in arrays)
+        by_ids = has_ids(mask)
         given: dict[str, Any] = {}
         if keep is not None:
             words = dense.pack(keep, config.rows, config.block_k)
             given |= {"table": visits.listed(words, mask, config.rows, rows, columns, config.block_k), "keep": words}
-        elif has_ids:
+        elif by_ids:
             given["table"] = visits.table(mask, config.rows, rows, columns, config.block_k)
-        if has_ids:  # a tile's ids are loaded whole
+        if by_ids:  # a tile's ids are loaded whole
             more = (cdiv(size, block) * block - size for size, block in ((rows, config.rows), (columns, config.block_k)))
             arrays = jax.tree.leaves(mask.padded(*more))
         if ordered and mask is None and keep is None:
@@ -109,7 +101,7 @@ class Operands:
         kind = None
         if bias is not None:
             kind = dense.kind(bias)
-            bias = padded_bias(bias) if kind == "tile" else bias
+            bias = dense.padded(bias) if kind == "tile" else bias
             given["bias"] = dense.lay_out(bias, config.rows, config.block_k)
             kind = BiasFacts(kind, bias.dtype, bias.shape[2:])
         if shape.dropout_p > 0:
@@ -118,7 +110,7 @@ class Operands:
             given["scale"] = scale.astype(jnp.float32)
         names = (*("mask" for _ in arrays), *given)
         return cls(
-            None if mask is None else structure, has_ids, None if keep is None else dense.kind(keep), kind, generator, names,
+            None if mask is None else structure, by_ids, None if keep is None else dense.kind(keep), kind, generator, names,
             (*arrays, *given.values()),
         )  # fmt: skip
 
@@ -179,18 +171,14 @@ class Operands:
         """Ask for a bias tile, the ring's of that number, as soon as there is room."""
         if not self.brings_bias:
             return
-        now = lax.rem(number, np.int32(config.bias_stages))
+        now = slot(number, config.bias_stages)
         pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(refs.bias_free.at[now]))
         where = pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)
         plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], refs.bias_s.at[now], refs.bias_ready.at[now])
 
-    def wait_for_bias(self, refs: Refs, config: WalkConfig, steps: Any) -> None:
-        """Every completed phase must be waited for before the program ends."""
-        if not self.brings_bias:
-            return
-        first = visits.greatest(steps - config.bias_stages, 0 * steps)
-        wait = lambda n, _: plgpu.barrier_wait(refs.bias_free.at[lax.rem(n, np.int32(config.bias_stages))])  # noqa: E731
-        lax.fori_loop(first, steps, wait, None)
+    def bias_rings(self, refs: Refs, config: WalkConfig) -> list[tuple[Any, int]]:
+        """The ring of bias tiles, if there is one, as `hopper_program.drain` wants it."""
+        return [(refs.bias_free, config.bias_stages)] if self.brings_bias else []
 
     def turn(self, refs: list[Any], b: Any, h: Any, row_tile: Any, column_tile: Any) -> Any:
         """How many row tiles are to come to this column tile before this one."""
@@ -201,12 +189,4 @@ class Operands:
 
     def scale_of(self, shape: ForwardShape, refs: Refs, b: Any) -> Any:
         """What dq and dk are still to be multiplied by: the scale, and dropout's factor of survivors."""
-        scale: Any = shape.scale if refs.scale is None else refs.scale[0 if refs.scale.shape[0] == 1 else b]
-        return scale * survivor_scale(shape, self.generator)
-
-
-def survivor_scale(shape: ForwardShape, generator: Any) -> float:
-    """1 / (1 - p), by which dropout multiplies what survives."""
-    if shape.dropout_p == 0:
-        return 1.0
-    return 1 / (1 - generator.rounded(shape.dropout_p))
+        return scale_at(shape, refs, b) * survivor_scale(shape, self.generator)

@@ -116,6 +116,16 @@ class Refs:
     bias_free: Any
 
 
+def scale_at(shape: ForwardShape, refs: Refs, b: Any) -> Any:
+    """The scale of batch entry b: a number, or the operand's."""
+    return shape.scale if refs.scale is None else refs.scale[shared(refs.scale, b)]
+
+
+def survivor_scale(shape: ForwardShape, generator: Any) -> float:
+    """1 / (1 - p), by which dropout multiplies what survives."""
+    return 1.0 if shape.dropout_p == 0 else 1 / (1 - generator.rounded(shape.dropout_p))
+
+
 def mask_of(recipe: Recipe, refs: Refs, b: Any, by_query: Any = None, by_key: Any = None) -> Any:
     """The mask with the numbers of this batch entry, and the ids of a tile."""
     if recipe.mask is None:
@@ -278,23 +288,27 @@ class Rows:
             kept = kept & (k < recipe.shape.key_len - here)
         return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
 
+    def _cut(self, s: Any, i: Any, t: Any, packed: list[Any], *, always: bool) -> Any:
+        """The scores of step i, key tile t, masked where that is cut; always: without asking."""
+        masked = functools.partial(self._masked, t=t, packed=packed)
+        cut = True if always else self.walk.partial(i)
+        if isinstance(cut, bool):
+            return masked(s) if cut else s
+        return lax.cond(cut, masked, lambda s: s, s)
+
     def softmax(self, s: Any, m: Any, l: Any, *, i: Any, packed: list[Any], number: Any, is_first: bool = False) -> tuple[Any, ...]:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
         if not recipe.waits:
-            s = s * (shape.scale if refs.scale is None else refs.scale[shared(refs.scale, self.b)])
+            s = s * scale_at(shape, refs, self.b)
         if shape.softcap is not None:
             # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
             s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
-            cut = True if recipe.drops else self.walk.partial(i)  # beside the words of dropout a branch spills
-            if not isinstance(cut, bool):
-                s = lax.cond(cut, functools.partial(self._masked, t=t, packed=packed), lambda s: s, s)
-            elif cut:
-                s = self._masked(s, t, packed)
+            s = self._cut(s, i, t, packed, always=recipe.drops)  # beside the words of dropout a branch spills
         m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
         if recipe.drops:
             a, c = self.words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pallas_kernels.contracts import ForwardConfig
@@ -39,10 +40,15 @@ def forward_config(
     resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
     row_tiles = min(resident, _most_row_tiles(seen, steps, wide, sloped, tiled, drops))
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=2 if row_tiles > 1 else 1)
-    for less in LESS:
-        if shared_bytes(config, head_dim, value_head_dim, bias_bytes) <= SHARED_MEMORY:
+    return fitted(config, LESS, lambda config: shared_bytes(config, head_dim, value_head_dim, bias_bytes))
+
+
+def fitted(config: Any, less: Sequence[dict[str, Any]], needs: Callable[[Any], int]) -> Any:
+    """The configuration, with as many of the changes `less` as it takes until what it `needs` fits the shared memory."""
+    for change in less:
+        if needs(config) <= SHARED_MEMORY:
             break
-        config = dataclasses.replace(config, **less)
+        config = dataclasses.replace(config, **change)
     return config
 
 

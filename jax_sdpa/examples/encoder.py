@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jax_sdpa.examples.weights import Checkpoint
 from jax_sdpa.nn import Attention
 
 
@@ -19,6 +20,16 @@ class EncoderBlock(nnx.Module):
         self.attention_norm = nnx.LayerNorm(features, epsilon=epsilon, rngs=rngs)
         self.up, self.down = nnx.Linear(features, hidden, rngs=rngs), nnx.Linear(hidden, features, rngs=rngs)
         self.mlp_norm = nnx.LayerNorm(features, epsilon=epsilon, rngs=rngs)
+
+    def read(self, checkpoint: Checkpoint, name: str, *, attention: str, norms: tuple[str, str]) -> None:
+        """Take block `name` of a BERT-like checkpoint; attention: what precedes query, key, value; norms: of attention, of mlp."""
+        for part in ("query", "key", "value"):
+            checkpoint.linear(getattr(self.attention, part), f"{name}{attention}{part}")
+        checkpoint.linear(self.attention.out, name + "attention.output.dense")
+        checkpoint.norm(self.attention_norm, name + norms[0])
+        checkpoint.linear(self.up, name + "intermediate.dense")
+        checkpoint.linear(self.down, name + "output.dense")
+        checkpoint.norm(self.mlp_norm, name + norms[1])
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))

@@ -90,14 +90,9 @@ def load(path: Path | None = None) -> MiniLM:
         checkpoint.into(layer.embedding, f"embeddings.{name}_embeddings.weight")
     checkpoint.norm(model.norm, "embeddings.LayerNorm")
     for i, block in enumerate(model.blocks):
-        name = f"encoder.layer.{i}."
-        for part in ("query", "key", "value"):
-            checkpoint.linear(getattr(block.attention, part), f"{name}attention.self.{part}")
-        checkpoint.linear(block.attention.out, name + "attention.output.dense")
-        checkpoint.norm(block.attention_norm, name + "attention.output.LayerNorm")
-        checkpoint.linear(block.up, name + "intermediate.dense")
-        checkpoint.linear(block.down, name + "output.dense")
-        checkpoint.norm(block.mlp_norm, name + "output.LayerNorm")
+        block.read(
+            checkpoint, f"encoder.layer.{i}.", attention="attention.self.", norms=("attention.output.LayerNorm", "output.LayerNorm")
+        )
     checkpoint.done()
     return model
 

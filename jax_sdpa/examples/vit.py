@@ -66,14 +66,9 @@ def load(config: Mapping[str, Any], weights: Mapping[str, Any]) -> ViT:
     checkpoint.into(model.positions, "embeddings.position_embeddings")
     checkpoint.linear(model.embed, "embeddings.patch_embeddings.projection")
     for i, block in enumerate(model.blocks):
-        name = f"encoder.layer.{i}."
-        for part in ("query", "key", "value"):
-            checkpoint.linear(getattr(block.attention, part), f"{name}attention.attention.{part}")
-        checkpoint.linear(block.attention.out, name + "attention.output.dense")
-        checkpoint.norm(block.attention_norm, name + "layernorm_before")
-        checkpoint.linear(block.up, name + "intermediate.dense")
-        checkpoint.linear(block.down, name + "output.dense")
-        checkpoint.norm(block.mlp_norm, name + "layernorm_after")
+        block.read(
+            checkpoint, f"encoder.layer.{i}.", attention="attention.attention.", norms=("layernorm_before", "layernorm_after")
+        )
     checkpoint.norm(model.norm, "layernorm")
     checkpoint.done()
     return model

@@ -1,0 +1,65 @@
+"""What every Hopper kernel here is made of: warpgroups that compute and one that loads, rings of tiles in memory between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import visits
+from pallas_kernels.contracts import ForwardConfig
+
+
+def slot(n: Any, of: int) -> Any:
+    """Where tile n lies in a ring of so many."""
+    return lax.rem(n, np.int32(of))
+
+
+def drain(rings: Sequence[tuple[Any, int]], done: Any) -> None:
+    """The loading warpgroup's last act, after `done` (int32) tiles: every completed phase of the barriers (free, stages) must be
+    waited for before the program ends."""
+    for free, of in rings:
+        wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
+        lax.fori_loop(visits.greatest(done - of, 0 * done), done, wait, None)
+
+
+def in_roles(config: ForwardConfig, wg: Any, compute: Callable[[], None], load: Callable[[], None], interpret: Any) -> None:
+    """The first warpgroups compute, the last one loads, each with the registers of its role."""
+
+    @pl.when(wg < config.warpgroups)
+    def _compute() -> None:
+        if interpret is None:
+            plgpu.set_max_registers(config.registers[0], action="increase")
+        compute()
+
+    @pl.when(wg == config.warpgroups)
+    def _load() -> None:
+        if interpret is None:
+            plgpu.set_max_registers(config.registers[1], action="decrease")
+        load()
+
+
+def launch(
+    kernel: Callable[..., None], config: ForwardConfig, *, programs: int, out_type: Sequence[Any], scratch_types: dict[str, Any],
+    interpret: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    """The kernel as a function of its operands; its axes are "program" and "wg", config.warpgroups + 1 of these."""
+    return plgpu.kernel(
+        kernel,
+        out_type=list(out_type),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=config.warpgroups + 1,
+        thread_name="wg",
+        scratch_types=scratch_types,
+        # no cross-warp reduction: a row of a WGMMA tile lies within four threads
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=True,
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )  # fmt: skip
