@@ -1,0 +1,97 @@
+"""Masks that compare ids: packed sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from jax_sdpa.masks.base import Index, Mask, int32
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentIds(Mask):
+    """Packed sequences: query q sees the keys with its own id; a negative id is padding and takes part in nothing.
+
+    Args:
+        query: integer array (batch..., L).
+        key: integer array (batch..., S); default: the query's ids (self-attention).
+
+    >>> SegmentIds(jnp.array([0, 0, 1, -1])).materialise(4, 4).astype(int)
+    Array([[1, 1, 0, 0],
+           [1, 1, 0, 0],
+           [0, 0, 1, 0],
+           [0, 0, 0, 0]], dtype=int32)
+    """
+
+    query: Any
+    key: Any = None
+    arrays = ("query:1", "key:1")
+
+    def __post_init__(self) -> None:
+        if self.key is None:
+            object.__setattr__(self, "key", self.query)
+        for name in ("query", "key"):
+            object.__setattr__(self, name, int32(getattr(self, name), f"SegmentIds.{name}"))
+            if getattr(self, name).ndim == 0:
+                raise ValueError(f"SegmentIds.{name} must have one id per position, (batch..., length), got a scalar.")
+
+    def parts(self, L: Index, S: Index) -> tuple[Mask, ...]:
+        if (self.query.shape[-1], self.key.shape[-1]) != (L, S):
+            raise ValueError(
+                f"SegmentIds must have one id per query and per key, {L} and {S} here, got {self.query.shape[-1]} and "
+                f"{self.key.shape[-1]}."
+            )
+        return (self,)
+
+    def padded(self, more_q: Index, more_k: Index) -> Mask:
+        def longer(ids: Any, more: Index) -> Any:
+            return jax.lax.pad(jnp.asarray(ids), jnp.asarray(-1, ids.dtype), [(0, 0, 0)] * (ids.ndim - 1) + [(0, more, 0)])
+
+        return SegmentIds(longer(self.query, more_q), longer(self.key, more_k))
+
+    def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
+        return jax.tree.unflatten(jax.tree.structure(self), [by_query(self.query), by_key(self.key)])
+
+    def transposed(self) -> SegmentIds:
+        return SegmentIds(self.key, self.query)
+
+    @staticmethod
+    def _at(ids: Any, index: Index) -> Any:
+        taken = ids[..., index]  # (batch..., *index.shape)
+        return taken if ids.ndim == 1 else jnp.expand_dims(taken, ids.ndim - 1)  # a heads dim behind the batch dims
+
+    def keep(self, q_idx: Index, k_idx: Index) -> Any:
+        q, k = self._at(self.query, q_idx), self._at(self.key, k_idx)
+        return (q == k) & (q >= 0)
+
+    def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
+        """The stretch of keys between the first and the last whose id lies between the block's smallest and largest id."""
+        position, big = jnp.arange(L), jnp.iinfo(self.query.dtype).max
+        inside = (position >= q_lo) & (position < q_hi) & (self.query >= 0)
+        smallest = jnp.where(inside, self.query, big).min(-1, keepdims=True)
+        largest = jnp.where(inside, self.query, -1).max(-1, keepdims=True)
+        hit = (self.key >= smallest) & (self.key <= largest)
+        found = hit.any(-1)
+        lo = jnp.where(found, jnp.argmax(hit, -1), 0)
+        hi = jnp.where(found, S - jnp.argmax(hit[..., ::-1], -1), 0)
+        return lo.astype(jnp.int32), hi.astype(jnp.int32)
+
+    def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
+        return 0, 0  # which keys share the one id of a block would cost as much to find as to mask
+
+    def key_valid(self, L: Index, S: Index) -> Any:
+        """A key is seen if some query bears its id: in the sorted run of each id, queries come first; no L x S comparison."""
+        query, key = jnp.asarray(self.query), jnp.asarray(self.key)
+        batch = jnp.broadcast_shapes(query.shape[:-1], key.shape[:-1])
+        query, key = (jnp.broadcast_to(ids, (*batch, ids.shape[-1])) for ids in (query, key))
+        ids, axis = jnp.concatenate([query, key], -1), query.ndim - 1
+        position = jax.lax.broadcasted_iota(jnp.int32, ids.shape, axis)
+        ids, origin = jax.lax.sort((ids, position), num_keys=1, is_stable=True)
+        first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], -1)
+        run = jax.lax.cummax(jnp.where(first, position, 0), axis)  # where each id's run begins
+        seen = (jnp.take_along_axis(origin, run, -1) < L).astype(jnp.int32)
+        return (jax.lax.sort((origin, seen), num_keys=1)[1][..., L:] == 1) & (key >= 0)
