@@ -8,12 +8,11 @@ Grid: programs, each with a few items one after another (`visits.Items`: batch e
 masks the tiles that the mask cuts (two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises
 every wgmma, C7513, NOTES.md).
 
-Who waits for what, per stage of the ring (a slot holds one tile of K, of V, of a bias as large as the scores); the ring goes
-round and round over all items:
+Who waits for what: the ring of K and V (`hopper_keys`) goes round and round over all items, and beside it
 
-    q_ready                        a warpgroup's own rows have arrived; it asks for the next item's when it starts with one
-    k_ready, v_ready, bias_ready   loader -> computers    the tile has arrived (TMA counts its bytes)
-    k_free, v_free, bias_free      computers -> loader    every computing warpgroup has read it
+    q_ready      a warpgroup's own rows have arrived; it asks for the next item's when it starts with one
+    bias_ready   loader -> computers    a tile of a bias as large as the scores has arrived
+    bias_free    computers -> loader    every computing warpgroup has read it
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape, has_ids
-from pallas_kernels.hopper_memory import rows_of, swizzle_of, tile, transforms
+from pallas_kernels.hopper_keys import Ring
+from pallas_kernels.hopper_memory import rows_of, tile, transforms
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
-from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, clear, filled, seen_by_any, shared, survivor_scale, walk_of
+from pallas_kernels.hopper_scores import Recipe, Refs, Rows, seen_by_any, shared, survivor_scale, walk_of
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
 
@@ -58,7 +58,7 @@ def forward(
     """
     B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
-    bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
+    bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
     items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles)
     several = config.row_tiles > 1
     own_out = config.own_out(E, Ev)  # results leave from memory of their own, `width` columns at a time; else from q's
@@ -72,12 +72,11 @@ def forward(
         bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
         generator=generator, products=Wgmma(interpret is not None),
     )  # fmt: skip
-    products, bias_kind = recipe.products, recipe.bias_kind
+    bias_kind = recipe.bias_kind
     at = functools.partial(rows_of, shape.layout)
 
-    def kernel(*operands: Any, q_s: Any, k_s: Any, v_s: Any, lse_s: Any, q_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any, v_came: Any = None, pin_s: Any = None, out_s: Any = None, bias_s: Any = None, bias_ready: Any = None,
-               bias_free: Any = None) -> None:  # fmt: skip
+    def kernel(*operands: Any, q_s: Any, lse_s: Any, q_ready: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None,
+               bias_ready: Any = None, bias_free: Any = None, **keys: Any) -> None:  # fmt: skip
         given = iter(operands)
         q_ref, k_ref, v_ref = next(given), next(given), next(given)
         refs = Refs(
@@ -91,7 +90,8 @@ def forward(
             bias_s=bias_s, bias_ready=bias_ready, bias_free=bias_free,
         )  # fmt: skip
         out_ref, lse_ref = given
-        rings = [(k_ready, k_free, stages), (v_ready, v_free, stages)]
+        ring = Ring(recipe, **keys)
+        rings = ring.rings
         if bias_s is not None:
             rings.append((bias_ready, bias_free, config.bias_stages))
         program, wg = lax.axis_index("program"), lax.axis_index("wg")
@@ -145,59 +145,21 @@ def forward(
                 plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
 
         def attend(n: Any, done: Any) -> Any:
-            """Item n, `done` tiles into the ring: the first step, each other one with the PV of the one before it, the last PV."""
+            """Item n, `done` tiles into the ring."""
             if several and config.queries == 2:
                 prefetch(n + 1)
             rows = Rows.of(recipe, refs, *items.at(program, n), wg)
 
-            def pass_by(i: Any, _: Any) -> None:
-                """A tile that this warpgroup's rows see nothing of; every tile is waited for, that phases may be counted."""
-                for ready, free, of in rings:
-                    now = slot(done + i, of)
-                    plgpu.barrier_wait(ready.at[now])
-                    plgpu.barrier_arrive(free.at[now])
+            def query() -> Any:
+                plgpu.barrier_wait(q_ready.at[q_slot(n)])
+                return q_s.at[q_slot(n)]
 
-            def step(i: Any, state: Any) -> Any:
-                acc, m, l, p = state
-                now, before = slot(done + i, stages), slot(done + i - 1, stages)
-                packed = rows.keep_words(i)
-                plgpu.barrier_wait(k_ready.at[now])
-                acc, (m, l, shrink, p) = products.step(
-                    q_tile, k_s.at[now], acc, p, v_s.at[before],
-                    lambda: plgpu.barrier_wait(v_ready.at[before]), lambda: plgpu.barrier_arrive(k_free.at[now]),
-                    functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l),
-                    pin_s.at[wg] if config.pinned else None,
-                )  # fmt: skip
-                plgpu.barrier_arrive(v_free.at[before])
-                return acc * over_columns(shrink, acc), m, l, p
-
-            first = rows.lead
-            if not isinstance(first, int):
-                loop(0, first, pass_by, None)
-            packed, now = rows.keep_words(first), slot(done + first, stages)
-            plgpu.barrier_wait(q_ready.at[q_slot(n)])
-            plgpu.barrier_wait(k_ready.at[now])
-            q_tile = q_s.at[q_slot(n)]
-            if config.q_registers:
-                q_tile = plgpu.load(q_tile, layout=TILE)  # pyright: ignore[reportCallIssue]
-                products.read()
-            s = products.scores(q_tile, k_s.at[now])
-            plgpu.barrier_arrive(k_free.at[now])
-            m, l, _, p = rows.softmax(s, *rows.first(), i=first, packed=packed, number=done + first, is_first=True)
-            state = filled((bq, Ev), 0.0, TILE), m, l, p.astype(dtype)
-            if not (isinstance(rows.walk.steps, int) and rows.walk.steps == 1):
-                # else an unused iota in the loop would keep Mosaic's layout inference searching for a minute, and fail
-                state = loop(first + 1, rows.walk.steps, step, state)
-            acc, m, l, p = state
-            if several and config.queries == 1:
-                prefetch(n + 1)
-            done = done + rows.walk.steps
-            end = slot(done - 1, stages)
-            plgpu.barrier_wait(v_ready.at[end])
-            acc = products.add(acc, p, v_s.at[end])
-            plgpu.barrier_arrive(v_free.at[end])
+            acc, m, l = ring.attend(
+                rows, query, done, loop, others=rings[2:], pin=pin_s.at[wg] if config.pinned else None,
+                between=(lambda: prefetch(n + 1)) if several and config.queries == 1 else None,
+            )  # fmt: skip
             finish(n, acc, m, l)
-            return done
+            return done + rows.walk.steps
 
         def compute() -> None:
             """One computing warpgroup."""
@@ -218,32 +180,16 @@ def forward(
             def step(i: Any, _: Any) -> None:
                 t, number = walk.tile(i), done + i
 
-                def room(free: Any, of: int = stages) -> Any:
-                    now = slot(number, of)
-                    pl.when(number >= of)(lambda: plgpu.barrier_wait(free.at[now]))
-                    return now
+                def copy(operand: Any) -> Any:
+                    return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bk, bk, kv_head))
 
-                now = room(k_free)
-                plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
+                ring.bring_keys(number, copy(k_ref))
                 if bias_s is not None:
                     where = pl.ds(row_tile * config.rows, config.rows), pl.ds(t * bk, bk)
-                    now = room(bias_free, config.bias_stages)
+                    now = slot(number, config.bias_stages)
+                    pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(bias_free.at[now]))
                     plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s.at[now], bias_ready.at[now])
-                now = room(v_free)
-                values, tile_v = at(v_ref, b, t * bk, bk, kv_head), v_s.at[now]
-                if not recipe.hides:
-                    plgpu.copy_gmem_to_smem(values, tile_v, v_ready.at[now])
-                    return
-                cut = (t * bk < seen[0]) | (visits.least((t + 1) * bk, S) > seen[1])
-                pl.when(~cut)(lambda: plgpu.copy_gmem_to_smem(values, tile_v, v_ready.at[now]))
-
-                @pl.when(cut)
-                def _() -> None:
-                    plgpu.copy_gmem_to_smem(values, tile_v, v_came)
-                    plgpu.barrier_wait(v_came)
-                    clear(tile_v, t * bk, *seen, columns=swizzle_of(Ev, dtype)[1])
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(v_ready.at[now])
+                ring.bring_values(number, copy(v_ref), t, seen)
 
             loop(0, walk.steps, step, None)
             return done + walk.steps
@@ -260,7 +206,6 @@ def forward(
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     q_slots = config.queries * n_wg
     bias_transforms = transforms(math.gcd(bk, bias.shape[3]), bias.dtype) if bias is not None and bias_kind == "tile" else ()
-    free = barrier(num_arrivals=n_wg, num_barriers=stages)
     call = launch(
         kernel,
         config,
@@ -268,17 +213,12 @@ def forward(
         programs=items.programs,
         scratch_types={
             "q_s": tile((q_slots, bq), E, dtype),
-            "k_s": tile((stages, bk), E, dtype),
-            "v_s": tile((stages, bk), Ev, dtype),
+            **Ring.tiles(shape, config),
             **({"out_s": tile((n_wg, bq), width, dtype)} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
             **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned else {}),
             "q_ready": barrier(num_barriers=q_slots),
-            "k_ready": barrier(num_barriers=stages),
-            "v_ready": barrier(num_barriers=stages),
-            "k_free": free,
-            "v_free": free,
-            **({"v_came": barrier()} if recipe.hides else {}),
+            **Ring.barriers(config, hides=recipe.hides),
             **({
                 "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=bias_transforms),
                 "bias_ready": barrier(num_barriers=config.bias_stages),
