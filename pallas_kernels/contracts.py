@@ -121,6 +121,14 @@ class ForwardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeConfig(ForwardConfig):
+    """How a decode kernel cuts its work: as a forward kernel, whose rows are a group's heads times a few queries. programs: that
+    share the key tiles, one for each SM."""
+
+    programs: int = 132
+
+
+@dataclasses.dataclass(frozen=True)
 class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 

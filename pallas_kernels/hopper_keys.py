@@ -31,7 +31,8 @@ Loop = Callable[[Any, Any, Callable[..., Any], Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """k_s (stages, block_k, E), v_s (stages, block_k, Ev), and the barriers of this module's docstring, one a stage."""
+    """k_s (stages, block_k, E), v_s (stages, block_k, Ev), and the barriers of this module's docstring, one a stage; copies: in how
+    many a tile arrives, each of which its barrier counts."""
 
     recipe: Recipe
     k_s: Any
@@ -41,6 +42,7 @@ class Ring:
     k_free: Any
     v_free: Any
     v_came: Any = None
+    copies: int = 1
 
     @staticmethod
     def tiles(shape: ForwardShape, config: ForwardConfig) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class Ring:
 
     @staticmethod
     def barriers(config: ForwardConfig, *, hides: bool, copies: int = 1) -> dict[str, Any]:
-        """Its barriers, for a kernel's scratch_types; copies: in how many a tile arrives."""
+        """Its barriers, for a kernel's scratch_types."""
         free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
         ready = plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages)
         came = {"v_came": plgpu.Barrier(num_arrivals=copies)} if hides else {}
@@ -84,7 +86,8 @@ class Ring:
             plgpu.barrier_wait(self.v_came)
             clear(values, t * bk, *seen, columns=swizzle_of(shape.value_head_dim, shape.dtype)[1])
             plgpu.commit_smem()
-            plgpu.barrier_arrive(ready)
+            for _ in range(self.copies):
+                plgpu.barrier_arrive(ready)
 
     @property
     def rings(self) -> list[tuple[Any, Any, int]]:

@@ -41,7 +41,7 @@ class Recipe:
     """A call's static facts. mask: its tree, None without one; the kinds are `dense.kind`'s, None without bias or keep.
 
     is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`); hides: some keys, by numbers, from
-    every query.
+    every query. folded: rows are (heads of a group, L), all in one tile.
     """
 
     shape: ForwardShape
@@ -54,6 +54,7 @@ class Recipe:
     keep_kind: str | None
     generator: Any
     products: Wgmma
+    folded: bool = False
 
     @property
     def drops(self) -> bool:
@@ -233,6 +234,13 @@ class Rows:
         column = self._index(1)
         return (column & 6) + t * self._tile[1], column & ~6
 
+    def _positions(self) -> Any:
+        """Which query each row is."""
+        if not self.recipe.folded:
+            return self._index(0) + self.base
+        L = self.recipe.shape.query_len
+        return 0 * self.base if L == 1 else lax.rem(self._index(0) + self.base, np.int32(L))
+
     def first(self) -> tuple[Any, Any]:
         """(m, l) before the first key."""
         bq, sinks = self._tile[0], self.refs.sinks
@@ -283,7 +291,7 @@ class Rows:
             mask = mask_of(
                 recipe, self.refs, self.b, lambda ref: Ids(self._by_row(own(ref))), lambda ref: Ids(self._by_column(own(ref), t))
             )  # fmt: skip
-            kept = mask.moved(here).keep(self._index(0) + self.base - here, k)
+            kept = mask.moved(here).keep(self._positions() - here, k)
         if recipe.ragged:
             kept = kept & (k < recipe.shape.key_len - here)
         return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)

@@ -51,6 +51,10 @@ class RangeWalk:
     def steps(self) -> Any:
         return self.last - self.first
 
+    def part(self, start: Any, stop: Any) -> RangeWalk:
+        """Its steps [start, stop) alone."""
+        return dataclasses.replace(self, first=self.last - stop, last=self.last - start)
+
     def tile(self, i: Any) -> Any:
         return self.last - 1 - i
 

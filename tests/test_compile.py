@@ -149,6 +149,55 @@ def test_no_serialised_products_backward_and_few_spills(E, kind, tmp_path):
     assert temporaries <= 4 * per_row * 8 * 16384 + 2**16, temporaries
 
 
+DECODE = """
+from pallas_kernels import flash_decode
+from jax_sdpa.attention.bias import sliding_window
+
+here = NamedSharding(mesh_of(1), PartitionSpec())
+B, Hq, H, L, S, E, kind = *map(int, sys.argv[2:8]), sys.argv[8]
+page = 16
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+def call(q, k, numbers, pages):
+    mask = {"lengths": KeyLengths(numbers), "pages": KeyLengths(numbers), "window": sliding_window(1000, 0, numbers)}.get(kind)
+    more = dict(pages=pages) if kind == "pages" else {}
+    return flash_decode.decode(q, k, k, layout="BLHE", scale=E**-0.5, mask=mask, **more)
+
+cache = array(B * S // page, page, H, E) if kind == "pages" else array(B, S, H, E)
+program = jax.jit(call).lower(
+    array(B, L, Hq, E), cache, array(B, dtype=jnp.int32), array(B, S // page, dtype=jnp.int32)
+).compile()
+print("temporaries", program.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((64, 28, 4, 1, 4096, 128), "full"),
+        ((64, 28, 4, 1, 4096, 128), "lengths"),
+        ((64, 28, 4, 1, 4096, 128), "pages"),
+        ((8, 32, 8, 4, 4096, 128), "window"),
+        ((8, 64, 8, 16, 4096, 64), "lengths"),
+        ((16, 16, 8, 1, 4096, 256), "lengths"),
+    ],
+    ids=str,
+)
+def test_decode_has_no_spills_and_no_copy_of_the_cache(shape, kind, tmp_path):
+    text = run(tmp_path, DECODE, *shape, kind)
+    spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
+    assert len(spills) == 2, "ptxas said nothing of the two kernels"
+    assert max(spills) == 0
+    assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
+    B, Hq, H, L, _, E = shape
+    pieces = 4 * (B * H + 132) * (max(8, Hq // H * L) * max(128, E) + 128)  # float32, and lse
+    temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
+    assert temporaries <= pieces + 4 * B * max(8 * H, Hq) * L * E + 2**16, temporaries
+
+
 TWO_GPUS = """
 mesh = mesh_of(2)
 

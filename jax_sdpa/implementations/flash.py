@@ -17,7 +17,7 @@ from jax_sdpa.implementations import efficient_backward, scores
 from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_sizes
 from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
-from pallas_kernels import dense, flash_attention, flash_backward
+from pallas_kernels import dense, flash_attention, flash_backward, flash_decode
 from pallas_kernels.contracts import has_ids
 
 DTYPES = ("float16", "bfloat16")
@@ -75,6 +75,8 @@ class Flash(Implementation):
             notes = ["Gradients run the kernels; forward mode and second derivatives the XLA implementation, from the saved lse."]
             if reasons:
                 notes += [f"All gradients of a call run the XLA implementation if one of them is not here: {' '.join(reasons)}"]
+        if _is_decode(request):
+            notes.append("The decode kernels run it: keys are read once for a group's heads, shared out over the chip.")
         if names:
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
         if _copies_values(request):
@@ -88,6 +90,12 @@ class Flash(Implementation):
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
+        if _is_decode(request):
+            return flash_decode.decode(
+                request.query, request.key, request.value, layout=spec.layout,
+                scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
+                mask=request.mask if request.masks else None, sinks=request.sinks, interpret=self.interpret,
+            )  # fmt: skip
         value = scores.seen_only(request, request.value) if _copies_values(request) else request.value
         return flash_attention.forward(
             request.query, request.key, value, layout=spec.layout,
@@ -134,6 +142,14 @@ def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
     if "scale" in wrt:
         reasons.append("the backward kernels have no gradient of a traced scale.")
     return reasons
+
+
+def _is_decode(request: SdpaRequest) -> bool:
+    """Whether the decode kernels run it: few queries, many keys."""
+    return flash_decode.ENABLED and flash_decode.takes(
+        query_len=request.query_len, key_len=request.key_len, group=request.group, has_ids=has_ids(request.mask),
+        dense=request.bias is not None or request.keep_mask is not None, drops=request.dropout_seeds is not None,
+    )  # fmt: skip
 
 
 def _copies_values(request: SdpaRequest) -> bool:

@@ -1,0 +1,89 @@
+"""The launch of a decode: queries folded into rows, key tiles shared out, pieces merged.
+
+For calls with few queries and nothing but structured masks by numbers: what serving asks for. `takes` says which.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import visits
+from pallas_kernels.contracts import DecodeConfig, ForwardShape
+from pallas_kernels.decode_tuning import decode_config
+from pallas_kernels.flash_attention import longer, up
+from pallas_kernels.shares import Shares
+
+ENABLED = False
+"""No GPU has run these kernels yet (they are right interpreted, and compile without spills): until then the forward serves."""
+
+QUERIES = 16
+"""More of them are chunked prefill, which the forward serves."""
+
+KEYS = 256
+"""Fewer of them are not worth a second launch."""
+
+
+def takes(*, query_len: int, key_len: int, group: int, has_ids: bool, dense: bool, drops: bool) -> bool:
+    """Whether a call is a decode: few queries, and keys that only numbers hide.
+
+    group: query heads per key/value head; has_ids: a mask with an id for each position; dense: a bias or a dense mask.
+
+    >>> takes(query_len=1, key_len=4096, group=7, has_ids=False, dense=False, drops=False)
+    True
+    """
+    return query_len <= QUERIES and group * query_len <= 128 and key_len >= KEYS and not (has_ids or dense or drops)
+
+
+def decode(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, layout: str, scale: Any, softcap: float | None = None, mask: Any = None,
+    sinks: Any = None, pages: Any = None, whole: bool = False, config: DecodeConfig | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(out, lse) of few queries, as `flash_attention.forward`: `softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L), float32.
+
+    Args:
+        query, key, value, layout, scale, softcap, mask, sinks: as `flash_attention.forward`'s; the mask by numbers only.
+        pages: int32 (B, n): which pages of key and value, then (pages, page, H, E) and (pages, page, H, Ev) with layout 'BLHE',
+            hold a sequence's keys, one after another; page a power of two of at least 8. Pages that the mask hides may be any.
+        whole: no sequence is cut (torch's num_splits=1): it has the same bits alone and in a batch.
+        config: how to cut the work; None: `decode_tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
+    """
+    from pallas_kernels import hopper_decode, hopper_merge  # jax 0.11.2 and newer only
+
+    heads_axis = 1 if layout == "BHLE" else 2
+    length_axis = 3 - heads_axis
+    B, Hq, L, E = query.shape[0], query.shape[heads_axis], query.shape[length_axis], query.shape[3]
+    H, Ev, page = key.shape[heads_axis], value.shape[3], None
+    S = key.shape[length_axis]
+    if pages is not None:
+        page = key.shape[1]
+        S = pages.shape[1] * page
+    group = Hq // H
+    static_scale = scale if isinstance(scale, float) else None
+    shape = ForwardShape(
+        B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, 0.0, sinks is not None
+    )  # fmt: skip
+    if config is None:
+        config = decode_config(rows=group * L, head_dim=shape.head_dim, value_head_dim=shape.value_head_dim)
+    shares = Shares(B, H, config.programs, whole)
+    found = visits.ranges(mask, 0, L, L, S, config.block_k)
+    of_programs, of_items = shares.tables(found.steps if isinstance(found.steps, int) else jnp.atleast_1d(found.steps))
+    if layout == "BLHE":
+        query = jnp.swapaxes(query, 1, 2)  # (B, Hq, L, E); with L = 1 nothing moves
+    rows = jnp.reshape(query, (B, H, group * L, E))
+    if pages is None:
+        key, value = (longer(x, {length_axis: up(S, 8), 3: up(x.shape[3], 16)}) for x in (key, value))
+    else:
+        key, value = (longer(x, {3: up(x.shape[3], 16)}) for x in (key, value))
+        pages = longer(pages, {1: visits.cdiv(S, config.block_k) * max(1, config.block_k // key.shape[1])})
+    run = hopper_decode.forward(shape, config, shares, mask, page=page, interpret=interpret)
+    parts, lses = run(
+        longer(rows, {2: up(group * L, 8), 3: up(E, 16)}), key, value, jnp.asarray(of_programs, np.int32),
+        mask_arrays=jax.tree.leaves(mask), scale=None if static_scale is not None else scale, pages=pages,
+    )  # fmt: skip
+    merge = hopper_merge.merge(shape, shares.slots, interpret=interpret)
+    out, lse = merge(parts, lses, jnp.asarray(of_items, np.int32), sinks)
+    return out[..., :Ev], lse

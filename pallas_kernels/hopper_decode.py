@@ -1,0 +1,199 @@
+"""Attention of a few queries to many keys on Hopper (sm_90): keys stream past once, as fast as memory gives them.
+
+The query heads that share a key/value head lie one after the other in a tile's rows, (group, L), so K and V are read once for all
+of them (FlashAttention's packed GQA). Programs take equal shares of all key tiles (`shares`), as Stream-K divides a matrix product
+(Osama et al., arXiv:2301.03598); a head that several programs read is put together by its lse (`hopper_merge`), as in
+flash-decoding (Dao et al., 2023).
+
+Grid: programs, one for each SM. A piece is what a program has of one item: a run of key tiles of one batch entry's key/value head.
+Rings, roles and barriers are the forward's (`hopper_keys`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import online_softmax, visits
+from pallas_kernels.contracts import DecodeConfig, ForwardShape
+from pallas_kernels.hopper_keys import Ring
+from pallas_kernels.hopper_memory import rows_of, tile
+from pallas_kernels.hopper_merge import WIDTH
+from pallas_kernels.hopper_products import Wgmma
+from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_scores import Recipe, Refs, Rows, mask_of, seen_by_any
+from pallas_kernels.online_softmax import over_columns
+from pallas_kernels.shares import Shares
+from pallas_kernels.visits import cdiv
+
+COLUMNS = 64
+"""Of the results that leave at a time: little memory beside the ring."""
+
+
+def forward(
+    shape: ForwardShape, config: DecodeConfig, shares: Shares, mask: Any = None, *, page: int | None = None, interpret: Any = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function (query, key, value, table, *, mask_arrays, scale, pages) -> (out, lse) of the pieces, float32.
+
+    query: (B, H, rows, E), a group's heads times L, row g * L + l, rows a multiple of 8. key, value as the forward's; with `page`,
+    (pages, page, H, E) in layout 'BLHE', and pages (B, …) int32 says which of them hold a sequence's keys, one after another.
+    table: of programs, from `shares`. out: (slots, rows, Ev, with more columns as `hopper_merge` wants them), each piece normalised
+    by itself; lse: (slots, config.rows). Slots without a piece hold anything.
+    """
+    H, L, S = shape.kv_heads, shape.query_len, shape.key_len
+    E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
+    bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
+    rows_out = cdiv(shape.group * L, 8) * 8
+    arrays, structure = jax.tree.flatten(mask)
+    lo, hi = (0, S) if mask is None else mask.kv_range(0, L, L, S)
+    recipe = Recipe(
+        shape, config, None if mask is None else structure, has_ids=False, is_prefix=mask is None or mask.is_prefix,
+        hides=not (isinstance(lo, int) and isinstance(hi, int) and (lo, hi) == (0, S)), bias_kind=None, keep_kind=None,
+        generator=None, products=Wgmma(interpret is not None), folded=True,
+    )  # fmt: skip
+    keys_of_page = S if page is None else page
+    copies = max(1, bk // keys_of_page) if page is not None else 1
+
+    def kernel(*operands: Any, q_s: Any, out_s: Any, lse_s: Any, q_ready: Any, **keys: Any) -> None:
+        given = iter(operands)
+        q_ref, k_ref, v_ref, table = next(given), next(given), next(given), next(given)
+        refs = Refs(
+            mask=[next(given) for _ in arrays], table=None, keep=None, bias=None, sinks=None, seeds=None,
+            scale=next(given) if shape.scale is None else None, bias_s=None, bias_ready=None, bias_free=None,
+        )  # fmt: skip
+        pages = None if page is None else next(given)
+        out_ref, lse_ref = given
+        ring = Ring(recipe, **keys, copies=copies)
+        program, wg = lax.axis_index("program"), lax.axis_index("wg")
+        first, start, count, end = (table[program, n] for n in range(4))
+        zero = 0 * program  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
+
+        def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
+            return lax.fori_loop(start + zero, stop + zero, body, state)
+
+        def place(n: Any) -> tuple[Any, Any]:
+            """(b, key/value head) of piece n."""
+            return lax.div(first + n, np.int32(H)), lax.rem(first + n, np.int32(H))
+
+        def walk_of(n: Any, b: Any) -> Any:
+            """The key tiles of piece n."""
+            walk = visits.ranges(mask_of(recipe, refs, b), 0, L, L, S, bk)
+            if isinstance(walk.steps, int) and walk.steps == 1:
+                return walk
+            stop = jnp.where(n == count - 1, end, walk.steps)
+            return walk.part(jnp.where(n == 0, start, zero), stop)
+
+        def q_slot(n: Any) -> Any:
+            return wg + n_wg * slot(n + zero, 2) if config.queries == 2 else wg
+
+        def load_q(n: Any) -> None:
+            b, h = place(n)
+            plgpu.copy_gmem_to_smem(rows_of("BHLE", q_ref, b, wg * bq, bq, h), q_s.at[q_slot(n)], q_ready.at[q_slot(n)])
+
+        def prefetch(n: Any) -> None:
+            """Ask for the rows of piece n: their memory has been read."""
+            plgpu.commit_smem()
+            pl.when(n < count)(lambda: load_q(n))
+
+        def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
+            """Store the results of piece n."""
+            share, lse = online_softmax.finish(m, l, recipe.factor)
+            acc, out = acc * over_columns(share, acc), out_ref.at[first + n + program, pl.ds(wg * bq, bq)]
+            for column in range(0, Ev, width):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
+                plgpu.commit_smem()
+                out_s[wg] = acc[:, column : column + width]
+                if column == 0:
+                    lse_s[wg] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_s.at[wg], out.at[:, pl.ds(column, width)])
+            plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[first + n + program, pl.ds(wg * bq, bq)])
+
+        def attend(n: Any, done: Any) -> Any:
+            """Piece n, `done` tiles into the ring."""
+            if config.queries == 2:
+                prefetch(n + 1)
+            b, h = place(n)
+            rows = Rows(recipe, refs, b, h, wg * bq, wg, walk_of(n, b), 0, None)
+
+            def query() -> Any:
+                plgpu.barrier_wait(q_ready.at[q_slot(n)])
+                return q_s.at[q_slot(n)]
+
+            acc, m, l = ring.attend(rows, query, done, loop, between=(lambda: prefetch(n + 1)) if config.queries == 1 else None)
+            finish(n, acc, m, l)
+            return done + rows.walk.steps
+
+        def compute() -> None:
+            """One computing warpgroup."""
+            pl.when(count > 0)(lambda: load_q(0))
+            loop(0, count, attend, zero)
+            plgpu.wait_smem_to_gmem(0)
+
+        def load(n: Any, done: Any) -> Any:
+            """The tiles of piece n, as soon as there is room; `done` as in attend."""
+            b, h = place(n)
+            walk, seen = walk_of(n, b), seen_by_any(recipe, refs, b)
+
+            def step(i: Any, _: Any) -> None:
+                t = walk.tile(i)
+
+                def copy(operand: Any, memory: Any, ready: Any) -> None:
+                    if pages is None:
+                        plgpu.copy_gmem_to_smem(rows_of(shape.layout, operand, b, t * bk, bk, h), memory, ready)
+                        return
+                    length = bk // copies
+                    for n in range(copies):
+                        key = t * bk + n * length
+                        of = pages[b, lax.div(key, np.int32(keys_of_page))]
+                        source = operand.at[of, pl.ds(lax.rem(key, np.int32(keys_of_page)), length), h]
+                        plgpu.copy_gmem_to_smem(source, memory.at[pl.ds(n * length, length)], ready)
+
+                ring.bring_keys(done + i, functools.partial(copy, k_ref))
+                ring.bring_values(done + i, functools.partial(copy, v_ref), t, seen)
+
+            loop(0, walk.steps, step, None)
+            return done + walk.steps
+
+        def load_all() -> None:
+            done = loop(0, count, load, zero)
+            drain([(free, of) for _, free, of in ring.rings], done)
+
+        in_roles(config, wg, compute, load_all, interpret)
+
+    width = COLUMNS if Ev % COLUMNS == 0 else Ev
+    q_slots = config.queries * n_wg
+    call = launch(
+        kernel,
+        config,
+        out_type=[
+            jax.ShapeDtypeStruct((shares.slots, rows_out, cdiv(Ev, WIDTH) * WIDTH), jnp.float32),
+            jax.ShapeDtypeStruct((shares.slots, config.rows), jnp.float32),
+        ],
+        programs=shares.programs,
+        scratch_types={
+            "q_s": tile((q_slots, bq), E, dtype),
+            **Ring.tiles(shape, config),
+            "out_s": tile((n_wg, bq), width, jnp.float32),
+            "lse_s": plgpu.SMEM((n_wg, bq), jnp.float32),
+            "q_ready": plgpu.Barrier(num_barriers=q_slots),
+            **Ring.barriers(config, hides=recipe.hides, copies=copies),
+        },
+        interpret=interpret,
+    )
+
+    def run(
+        query: Any, key: Any, value: Any, table: Any, *, mask_arrays: Sequence[Any] = (), scale: Any = None, pages: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        more = [] if shape.scale is not None else [scale.astype(jnp.float32)]
+        return call(query, key, value, table, *mask_arrays, *more, *([] if pages is None else [pages]))
+
+    return run

@@ -1,0 +1,217 @@
+"""The Hopper decode kernels in Mosaic's interpreter, with race detection: shares, pieces, merging, pages; and on a GPU.
+
+Programs are few here, so that items are cut in every way; sizes are tiny.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import make
+from oracle import band, check, lengths
+
+import jax_sdpa
+from jax_sdpa import compat
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
+from jax_sdpa.device import assume_device
+from pallas_kernels import flash_decode, visits
+from pallas_kernels.shares import Shares
+
+needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
+
+rng = np.random.default_rng(7)
+
+
+# --- shares
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("steps", "heads", "programs"), [((4, 1, 4), 1, 3), ((1,), 2, 7), ((3, 9, 1, 1), 2, 5), (6, 3, 4), ((1, 1, 50), 1, 8)])  # fmt: skip
+def test_shares_cover_every_tile_once_and_slots_do_not_collide(steps, heads, programs, whole):
+    batch = 2 if isinstance(steps, int) else len(steps)
+    shares = Shares(batch, heads, programs, whole)
+    of_programs, of_items = shares.tables(steps if isinstance(steps, int) else jnp.array(steps))
+    static = shares.tables(steps if isinstance(steps, int) else np.array(steps))
+    np.testing.assert_array_equal(of_programs, static[0])
+    np.testing.assert_array_equal(of_items, static[1])
+    tiles = np.broadcast_to(steps, (batch,))
+    seen, written, taken = [np.zeros(n, int) for n in np.repeat(tiles, heads)], {}, []
+    for p, (first, start, count, end) in enumerate(np.asarray(of_programs)):
+        taken.append(0)
+        for n in range(count):
+            item = first + n
+            lo, hi = start if n == 0 else 0, end if n == count - 1 else len(seen[item])
+            assert 0 <= lo < hi <= len(seen[item])
+            seen[item][lo:hi] += 1
+            taken[-1] += hi - lo
+            assert item + p not in written
+            assert item + p < shares.slots
+            written[item + p] = item
+    assert all((n == 1).all() for n in seen)
+    for item, (first, count) in enumerate(np.asarray(of_items)):
+        assert [written.get(slot) for slot in range(first, first + count)] == [item] * count
+        assert count == 1 or not whole
+    if not whole:
+        assert max(taken) == -(-sum(tiles) * heads // programs)
+
+
+def test_a_part_of_a_walk():
+    walk = visits.RangeWalk(2, 3, 8, 9)
+    part = walk.part(1, 4)
+    assert [part.tile(i) for i in range(part.steps)] == [walk.tile(i) for i in range(1, 4)]
+    assert [part.partial(i) for i in range(part.steps)] == [walk.partial(i) for i in range(1, 4)]
+
+
+# --- the kernels
+
+
+def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, page=None, whole=False, poison=None, interpret=True, times=1):  # fmt: skip
+    """{'out', 'lse'}; with `times`, the same call so often, and the same bits each time. page: keys lie in pages in a random order.
+
+    poison: for each batch entry the stretch of keys that somebody sees; the others, and their values, become NaN.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.contracts import DecodeConfig
+    from pallas_kernels.flash_decode import decode
+
+    for b, (start, stop) in enumerate(poison or ()):
+        hidden = np.r_[:start, stop : problem.key.shape[2]]
+        problem = problem.but(key=problem.key.copy(), value=problem.value.copy())
+        problem.key[b, :, hidden], problem.value[b, :, hidden] = np.nan, np.nan
+    B, H, S, E = problem.key.shape
+    mask = None if mask is None else mask.with_batch((B,))
+    q, k, v = (jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value))
+    pages = None
+    if page is not None:
+        layout, order = "BLHE", rng.permutation(B * (S // page))
+        place = np.argsort(order)
+        k, v = (jnp.swapaxes(x, 1, 2).reshape(-1, page, H, x.shape[3])[order] for x in (k, v))
+        pages = jnp.asarray(place.reshape(B, -1), jnp.int32)
+        q = jnp.swapaxes(q, 1, 2)
+    elif layout == "BLHE":
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    rows = problem.query.shape[1] // H * problem.query.shape[2]
+    small = DecodeConfig(block_k=64, stages=3, warpgroups=-(-rows // 64), row_tiles=2, queries=2, programs=5)
+    config = config or (small if interpret else None)
+    sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
+    scale = problem.scale if isinstance(problem.scale, np.ndarray) else float(E**-0.5 if problem.scale is None else problem.scale)
+
+    @jax.jit
+    def run(q, k, v, mask, sinks, pages):
+        return decode(
+            q, k, v, layout=layout, scale=jnp.asarray(scale, jnp.float32)[None] if isinstance(scale, np.ndarray) else scale,
+            softcap=problem.softcap, mask=mask, sinks=sinks, pages=pages, whole=whole, config=config,
+            interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        )  # fmt: skip
+
+    out, lse = run(q, k, v, mask, sinks, pages)
+    for _ in range(times - 1):
+        again = run(q, k, v, mask, sinks, pages)
+        for x, y in zip((out, lse), again, strict=True):
+            np.testing.assert_array_equal(np.asarray(y).view(np.uint8), np.asarray(x).view(np.uint8))
+    return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
+
+
+STOPS, STARTS = [300, 70, 0], [0, 40, 0]
+LEFT_PADDED = KeyLengths(jnp.array(STOPS), jnp.array(STARTS))
+CASES = {
+    "one query, groups of 7": lambda: (make(1, 320, B=2, Hq=7, Hk=1, E=64), {}),
+    "(B, L, H, E), no groups, 16-bit floats": lambda: (make(1, 264, B=2, Hq=2, E=64), {"layout": "BLHE", "dtype": jnp.float16}),
+    "3 queries, groups of 4, (B, L, H, E)": lambda: (make(3, 320, B=2, Hq=8, Hk=2, E=64), {"layout": "BLHE"}),
+    "16 queries, groups of 8: two warpgroups, causal at the end": lambda: (
+        make(16, 320, B=1, Hq=8, Hk=1, E=64, keep=band(16, 320, -1, 0, 304)), {"mask": causal(304)}
+    ),
+    "lengths, starts, one of them empty": lambda: (
+        make(1, 320, B=3, Hq=4, Hk=2, E=64, keep=lengths(1, 320, STOPS, STARTS)),
+        {"mask": LEFT_PADDED, "poison": list(zip(STARTS, STOPS, strict=True))},
+    ),
+    "a window at traced places, 4 queries": lambda: (
+        make(4, 320, B=2, Hq=2, Hk=1, E=64, keep=band(4, 320, 100, 0, np.array([290, 60]))),
+        {"mask": sliding_window(100, 0, jnp.array([290, 60]))},
+    ),
+    "softcap, sinks, negative scale": lambda: (
+        make(2, 264, B=1, Hq=4, Hk=2, E=64, softcap=3.0, scale=-0.3, sinks=np.array([0.5, -np.inf, 2.0, 40.0])), {}
+    ),
+    "lengths with sinks, whole": lambda: (
+        make(1, 320, B=3, Hq=2, Hk=1, E=64, keep=lengths(1, 320, STOPS), sinks=np.array([0.5, 1.0])),
+        {"mask": KeyLengths(jnp.array(STOPS)), "whole": True},
+    ),
+    "E 128, Ev 64": lambda: (make(1, 264, B=1, Hq=4, Hk=1, E=128, Ev=64), {}),
+    "E 64, Ev 160": lambda: (make(1, 264, B=1, Hq=2, Hk=1, E=64, Ev=160), {}),
+    "odd sizes": lambda: (make(1, 261, B=2, Hq=3, Hk=1, E=40, Ev=24), {}),
+    "pages of 16": lambda: (
+        make(1, 320, B=3, Hq=4, Hk=2, E=64, keep=lengths(1, 320, STOPS)), {"mask": KeyLengths(jnp.array(STOPS)), "page": 16}
+    ),
+    "pages of 64, 2 queries": lambda: (
+        make(2, 320, B=3, Hq=2, Hk=1, E=64, keep=lengths(2, 320, STOPS)),
+        {"mask": KeyLengths(jnp.array(STOPS)), "page": 64, "poison": [(0, stop) for stop in STOPS]},
+    ),
+}  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", CASES)
+def test_the_interpreted_kernels_give_the_oracles_numbers(name):
+    problem, options = CASES[name]()
+    problem = problem.rounded(options.get("dtype", jnp.bfloat16))
+    check(problem, on_kernel(problem, **options))
+
+
+ON_A_GPU = {
+    **CASES,
+    "long, groups of 7": lambda: (make(1, 8192, B=3, Hq=14, Hk=2, E=128), {}),
+    "long, lengths of every size": lambda: (
+        make(1, 4096, B=8, Hq=8, Hk=2, E=128, keep=lengths(1, 4096, [4096, 1, 513, 64, 65, 3000, 2048, 0])),
+        {"mask": KeyLengths(jnp.array([4096, 1, 513, 64, 65, 3000, 2048, 0])), "layout": "BLHE"},
+    ),
+    "long, head dims of 256": lambda: (make(5, 2048, B=2, Hq=8, Hk=2, E=256), {}),
+    "long, pages of 128": lambda: (
+        make(1, 2048, B=4, Hq=8, Hk=2, E=128, keep=lengths(1, 2048, [2048, 100, 1025, 0])),
+        {"mask": KeyLengths(jnp.array([2048, 100, 1025, 0])), "page": 128, "poison": [(0, n) for n in (2048, 100, 1025, 0)]},
+    ),
+    "64 sequences": lambda: (make(1, 512, B=64, Hq=4, Hk=2, E=64), {}),
+}  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_the_compiled_kernels_give_the_oracles_numbers_and_the_same_bits(name):
+    problem, options = ON_A_GPU[name]()
+    problem = problem.rounded(options.get("dtype", jnp.bfloat16))
+    check(problem, on_kernel(problem, **options, interpret=False, times=20))
+
+
+@needs_mosaic
+@pytest.mark.gpu
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
+    stops = [4096, 700, 33, 2048, 1025]
+    problem = make(1, 4096, B=5, Hq=8, Hk=2, E=128, keep=lengths(1, 4096, stops)).rounded(jnp.bfloat16)
+    together = on_kernel(problem, mask=KeyLengths(jnp.array(stops)), whole=True, interpret=False)
+    for b, stop in enumerate(stops):
+        one = problem.but(**{name: getattr(problem, name)[b : b + 1] for name in ("query", "key", "value")})
+        alone = on_kernel(one, mask=KeyLengths(jnp.array([stop])), whole=True, interpret=False)
+        for name in ("out", "lse"):
+            np.testing.assert_array_equal(alone[name][0], together[name][b])
+
+
+@needs_mosaic
+@pytest.mark.parametrize("options", [{}, {"key_lengths": True}])
+def test_a_decode_lowers_for_cuda_through_the_public_function(options, monkeypatch):
+    """One query to a long cache takes the decode kernels, where they are enabled."""
+    monkeypatch.setattr(flash_decode, "ENABLED", True)
+    q, k, n = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((2, 8, 1, 128), jnp.bfloat16), ((2, 2, 1024, 128), jnp.bfloat16), ((2,), jnp.int32)
+    ))  # fmt: skip
+
+    def call(q, k, n):
+        mask = KeyLengths(n) if options else None
+        return jax_sdpa.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True)
+
+    with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        text = jax.jit(call).trace(q, k, n).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2, "pieces and their merging"
+    choice = jax_sdpa.explain(q, k, k, KeyLengths(n) if options else None, enable_gqa=True, device="cuda:sm90")
+    assert any("decode" in note for note in choice.notes)
