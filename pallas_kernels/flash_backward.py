@@ -44,6 +44,16 @@ def backward(
     length_axis = 3 - heads_axis
     B, Hq, L, E = query.shape[0], query.shape[heads_axis], query.shape[length_axis], query.shape[3]
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
+    if "bias" in wants and dense.kind(bias) == "tile" and bias.shape[0] != B:
+        per_batch = {
+            "query": query, "key": key, "value": value, "dout": dout, "lse": lse, "delta": delta, "mask": mask, "row_sum": row_sum,
+            "keep": keep, "seeds": seeds, "scale": None if isinstance(scale, float) else scale,
+        }  # fmt: skip
+        static = {
+            "layout": layout, "softcap": softcap, "dropout_p": dropout_p, "generator": generator, "config": config,
+            "interpret": interpret, **({"scale": scale} if isinstance(scale, float) else {}),
+        }  # fmt: skip
+        return _by_batch_entry(B, bias, wants, per_batch, static)
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
     if dropout_p > 0 and not drops:  # p = 1: every weight is dropped, lse is that of the softmax before
         dout = jnp.zeros_like(dout)
@@ -84,7 +94,8 @@ def backward(
             run = dq(shape, own, operands, adds_up=sums, stores=stores, interpret=interpret)
             arguments = [*given, *operands.arrays]
             if stores:
-                results, found["bias"] = _written(bias, operands.bias, run, arguments, interpret)
+                results, tiles = _written(operands.bias_like((B, Hq)), run, arguments, interpret)
+                found["bias"] = _of_heads(bias, tiles)
             else:
                 results = run(*arguments)
         else:
@@ -111,10 +122,34 @@ def backward(
     return {name: jax.lax.slice(found[name], (0, 0, 0, 0), like[name].shape) for name in wants}
 
 
-def takes_bias_gradient(batch: int, q_heads: int, bias_shape: tuple[int, ...]) -> bool:
-    """Whether a kernel makes the gradient of a bias (B|1, Hq|1, L|1, S|1): not of one as large as the scores of one head that
-    others share."""
-    return bias_shape[2] == 1 or bias_shape[3] == 1 or tuple(bias_shape[:2]) == (batch, q_heads)
+def _by_batch_entry(
+    batch: int, bias: jax.Array, wants: tuple[str, ...], per_batch: dict[str, Any], static: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """`backward` with a bias (1, Hq|1, L, S) that all batch entries share: its gradient is their sum, and a kernel makes that of
+    one entry. So dq is made for one after the other, which costs memory for the scores of one; dk and dv for all at once.
+
+    per_batch: arguments with a leading dim of 1 or the batch, trees of them, or None.
+    """
+    given = {name: x for name, x in per_batch.items() if x is not None}
+    keys = tuple(name for name in wants if name in ("key", "value"))
+    found = backward(**given, **static, bias=bias, wants=keys) if keys else {}
+
+    def entry(total: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def own(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, b, 1, 0) if x.shape[0] == batch else x
+
+        one = backward(**jax.tree.map(own, given), **static, bias=bias, wants=("query", "bias"))
+        return total + one["bias"].astype(jnp.float32), one["query"]
+
+    total = jnp.zeros(bias.shape, jnp.float32)
+    total, dq = jax.lax.scan(entry, total, jnp.arange(batch, dtype=jnp.int32))
+    found |= {"query": dq[:, 0], "bias": total.astype(bias.dtype)}
+    return {name: found[name] for name in wants}
+
+
+def _of_heads(bias: Any, tiles: jax.Array) -> jax.Array:
+    """The gradient of a bias as large as the scores, from that of each head: their sum, in float32, where heads share it."""
+    return tiles if bias.shape[1] == tiles.shape[1] else tiles.astype(jnp.float32).sum(1, keepdims=True).astype(bias.dtype)
 
 
 def summed_like(bias: Any, per_row: jax.Array) -> jax.Array:
@@ -125,13 +160,12 @@ def summed_like(bias: Any, per_row: jax.Array) -> jax.Array:
     return per_row.sum(shared, keepdims=True).reshape(bias.shape).astype(bias.dtype)
 
 
-def _written(bias: Any, facts: Any, run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
-    """(run's results, what it writes tile by tile into zeros like the padded bias)."""
-    shape = (*bias.shape[:2], *facts.shape)
+def _written(like: Any, run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, what it writes tile by tile into zeros like the padded bias of each head)."""
     if interpret is not None:
         *results, tiles = run(*given)
         return results, unwritten_as_zero(tiles)
-    return with_reference(run, given, given[:1], jnp.zeros(shape, bias.dtype))
+    return with_reference(run, given, given[:1], jnp.zeros(like.shape, like.dtype))
 
 
 def scale_of_sums(scale: Any) -> Any:

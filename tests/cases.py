@@ -162,6 +162,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bias (L, 1)": lambda: _dense(None, (133, 1)),
     "bias (L, S), -inf rows": lambda: _dense(None, (133, 260)),
     "bias (H, 1, S)": lambda: _dense(None, (4, 1, 260), face="jax"),
+    "bias (1, H, L, S)": lambda: _dense(None, (1, 4, 133, 260)),
     "bias (B, 1, L, S)": lambda: _dense(None, (3, 1, 133, 260)),
     "bias (1, H, L, 1)": lambda: _dense(None, (1, 4, 133, 1)),
     "bias (B, H, L, S) and bool (B, 1, 1, S)": lambda: _dense((3, 1, 1, 260), (3, 4, 133, 260)),

@@ -86,6 +86,8 @@ class Flash(Implementation):
                 notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
             if dense.tile_bytes(request.bias):
                 notes.append("Gradients of key and value copy the bias, transposed.")
+                if request.bias.shape[0] != request.batch and (not wrt or "bias" in wrt):
+                    notes.append("The gradient of a bias that batch entries share is made for one after the other, and added up.")
         return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
@@ -137,8 +139,6 @@ class Flash(Implementation):
 def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
     """Why the gradients of `wrt` cannot come from the kernels, in plain sentences."""
     reasons = []
-    if "bias" in wrt and not flash_backward.takes_bias_gradient(request.batch, request.q_heads, request.bias.shape):
-        reasons.append("the backward kernels have no gradient yet of a bias (L, S) that heads or batch entries share.")
     if "scale" in wrt:
         reasons.append("the backward kernels have no gradient of a traced scale.")
     return reasons
