@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool racecheck --kernel-name kns=mosaic python tests/alone.py [NAME ...]
 
-Without names every case of `test_hopper_forward.CASES`, held to the oracle; prints a hash of the results of each. `planted` is a
-kernel that has a race, to see the checker find one: on 2026-11-25 it did not (NOTES.md), so its silence about the others says nothing.
+Without names every case of `test_hopper_forward.CASES`, held to the oracle; prints a hash of the results of each; "backward: NAME" is
+one of `test_hopper_backward.CASES`. `planted` is a kernel that has a race, to see the checker find one: on 2026-11-25 it did not (NOTES.md), so its silence about the others says nothing.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from oracle import check
+from test_hopper_backward import CASES as BACKWARD
+from test_hopper_backward import hold, on_kernels
 from test_hopper_forward import CASES, on_kernel
 
 
@@ -49,11 +51,12 @@ def main(names):
             jax.block_until_ready(planted(jnp.ones(128)))
             print(name, flush=True)
             continue
-        problem, options = CASES[name]()
+        gradients = name.startswith("backward: ")
+        problem, options = (BACKWARD if gradients else CASES)[name.removeprefix("backward: ")]()
         problem = problem.rounded(options.get("dtype", jnp.bfloat16))
-        got = on_kernel(problem, **options, interpret=False)
-        check(problem, got)
-        bits = b"".join(np.ascontiguousarray(got[part]).view(np.uint8).tobytes() for part in ("out", "lse"))
+        got = (on_kernels if gradients else on_kernel)(problem, **options, interpret=False)
+        (hold if gradients else check)(problem, got)
+        bits = b"".join(np.ascontiguousarray(got[part]).view(np.uint8).tobytes() for part in sorted(got))
         print(name, hashlib.sha256(bits).hexdigest(), flush=True)
 
 

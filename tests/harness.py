@@ -114,3 +114,18 @@ def dropped(key: Any, B: int, Hq: int, L: int, S: int, p: float) -> np.ndarray:
         return np.zeros((B, Hq, L, S))
     keep = dropout.keep_block(dropout.seeds(key, B, Hq), 0, L, 0, S, p)
     return np.asarray(keep, np.float64) / (1 - dropout.rounded(p))
+
+
+def assert_same_bits(run: Any, args: Any, times: int) -> None:
+    """The same bits from each of so many runs; the comparison stays on the device."""
+    run = jax.jit(run)
+
+    @jax.jit
+    def differ(one: Any, other: Any) -> Any:
+        def bits(x: Any) -> Any:
+            return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+        return sum(jax.tree.leaves(jax.tree.map(lambda x, y: (bits(x) != bits(y)).sum(), one, other)))
+
+    first = run(*args)
+    assert sum(int(differ(run(*args), first)) for _ in range(times)) == 0

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import dropped, make
+from harness import assert_same_bits, dropped, make
 from oracle import band, check, lengths, solve
 from test_hopper_forward import CASES as FORWARD
+from test_hopper_forward import alone
 
 from jax_sdpa import compat, dropout
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
@@ -184,6 +185,20 @@ def test_the_compiled_kernels_give_the_oracles_gradients_and_the_same_bits(name)
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
     hold(problem, on_kernels(problem, **options, interpret=False, times=20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["three query heads a group, causal", "dropout in groups, window, lengths", "long, fused, causal"])
+def test_the_same_bits_a_thousand_times(name):
+    problem, options = ON_A_GPU[name]()
+    run, args = kernels(problem.rounded(jnp.bfloat16), **options, interpret=False)
+    assert_same_bits(run, args, 1000)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_in_another_process():
+    names = [f"backward: {name}" for name in ("three query heads a group, causal", "dropout in groups, window, lengths")]
+    assert alone(*names) == alone(*names)
 
 
 WALKS = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import dropped, make
+from harness import assert_same_bits, dropped, make
 from oracle import band, check, lengths, same_segment
 
 from jax_sdpa import compat, dropout
@@ -243,15 +243,7 @@ def test_the_same_bits_a_thousand_times(name):
         problem, jnp.bfloat16, "BHLE", options.get("mask"), options.get("config", ForwardConfig()), options.get("key"), options.get("p", 0.0),
         interpret=False,
     )  # fmt: skip
-    run = jax.jit(run)
-
-    @jax.jit
-    def differ(one, other):
-        bits = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")  # noqa: E731
-        return sum((bits(x) != bits(y)).sum() for x, y in zip(one, other, strict=True))
-
-    first = run(*args)
-    assert sum(int(differ(run(*args), first)) for _ in range(1000)) == 0
+    assert_same_bits(run, args, 1000)
 
 
 @pytest.mark.gpu

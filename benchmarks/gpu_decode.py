@@ -1,6 +1,6 @@
-"""`python -m benchmarks.decode`: decode on a GPU beside torch's backends; device time, bytes of the cache per second; JSON.
+"""`python -m benchmarks.gpu_decode`: decode on a GPU beside torch's backends; device time, bytes of the cache per second; JSON.
 
-python -m benchmarks.decode [--only B64] [--rounds 3] [--variants] [--save NAME]
+python -m benchmarks.gpu_decode [--only B64] [--rounds 3] [--variants] [--save NAME]
 
 One query (28 heads on 4 of keys and values, head dim 128: Qwen2-7B's) to a cache of bfloat16. The floor is the cache, read once:
 2 * B * 4 * S * 128 * 2 bytes over the chip's copy rate, 4.3 TB/s on an H200. Small caches stay in its L2 of 50 MB, ours and the
