@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pallas_kernels import tuning
@@ -39,6 +40,27 @@ def backward_config(
     found = {"dq": dq, "dkv": dkv, "dk": dk, "dv": dv}
     dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "bias_bytes": bias_bytes}
     return BackwardConfig(**{name: own and fitted(name, own, **dims) for name, own in found.items()})  # type: ignore[arg-type]
+
+
+PROGRAMS = 3 * tuning.SMS
+"""Fewer of them leave SMs idle under a causal mask, where the heaviest is twice the average one."""
+
+
+def shared_out(config: BackwardConfig, *, heads: int, key_len: int, group: int) -> BackwardConfig:
+    """The configuration whose dk and dv kernels have PROGRAMS programs, if the group's query heads can be divided for it.
+
+    heads: B * H, of keys. Qwen2-7B's 4, at 4096 keys and causal: 128 programs, the heaviest of which takes twice as long as all of
+    them would if they were even.
+
+    >>> base = backward_config(head_dim=128, value_head_dim=128)
+    >>> shared_out(base, heads=4, key_len=4096, group=7).dk.split, shared_out(base, heads=16, key_len=16384, group=1).dk.split
+    (4, 1)
+    """
+
+    def own(one: WalkConfig | None) -> Any:
+        return one and dataclasses.replace(one, split=min(group, cdiv(PROGRAMS, heads * cdiv(key_len, one.rows))))
+
+    return dataclasses.replace(config, dkv=own(config.dkv), dk=own(config.dk), dv=own(config.dv))
 
 
 LESS: tuple[dict[str, Any], ...] = (

@@ -65,6 +65,7 @@ def backward(
             head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None, drops=drops,
             bias_bytes=dense.tile_bytes(bias),
         )  # fmt: skip
+        config = backward_tuning.shared_out(config, heads=B * H, key_len=S, group=Hq // H)
     static_scale = scale if isinstance(scale, float) else None
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0
@@ -113,6 +114,8 @@ def backward(
                 found["query"] = dq_sums if heads_axis == 1 else jnp.swapaxes(dq_sums, 1, 2)
             else:
                 results = run(*arguments)
+                if own.split > 1:
+                    results = [*(_of_group(x, own.split, heads_axis) for x in results[: len(keys)]), *results[len(keys) :]]
             names, sums = keys, sums and "key" in keys
         if sums:
             *results, per_row = results
@@ -120,6 +123,12 @@ def backward(
         found |= dict(zip(names, results, strict=True))
     like = {"query": query, "key": key, "value": value, "bias": bias}
     return {name: jax.lax.slice(found[name], (0, 0, 0, 0), like[name].shape) for name in wants}
+
+
+def _of_group(parts: jax.Array, split: int, axis: int) -> jax.Array:
+    """The sum of `split` neighbours along the heads, in float32."""
+    shape = (*parts.shape[:axis], parts.shape[axis] // split, split, *parts.shape[axis + 1 :])
+    return parts.astype(jnp.float32).reshape(shape).sum(axis + 1).astype(parts.dtype)
 
 
 def _by_batch_entry(

@@ -6,7 +6,8 @@ products straight from registers (FlashAttention-3's backward does the same, arX
     s = k @ q.T    dp = v @ dout.T    p = exp(s - lse)    ds = p * (dp - delta)    dv += p @ dout    dk += ds @ q
 
 Grid: programs, one item each: batch entry, key/value head, key tile of `warpgroups` x 64 keys. It walks, for each query head of the
-group, the query tiles that the mask leaves, so dk and dv of the group's heads add up in registers.
+group, the query tiles that the mask leaves, so dk and dv of the group's heads add up in registers. Where that makes too few
+programs, config.split of them divide the group's heads.
 
 Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, which a TMA reduce-add puts into
 a float32 workspace; 5 products for the split pair's 7. Key tiles add to a tile of dq in the order of their numbers
@@ -31,6 +32,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -50,7 +52,8 @@ def dkv(
     shape: ForwardShape, config: WalkConfig, operands: Operands, *, wants: tuple[str, ...] = ("dk", "dv"), fused: bool = False,
     adds_up: bool = False, interpret: Any = None,
 ) -> Callable[..., list[jax.Array]]:  # fmt: skip
-    """A function (query, key, value, dout, numbers, words, *operands.arrays) -> the arrays of `wants`, as long as key is.
+    """A function (query, key, value, dout, numbers, words, *operands.arrays) -> the arrays of `wants`, as long as key is, with
+    config.split heads for each of its heads, to be added up.
 
     fused: dq / scale as well. The function takes behind all others a reference to zeros (B, Hq, whole query tiles, E) float32, into
     which it adds. The interpreter knows no reduce-add: there, it is one more result, with a leading dim of key tiles to be summed.
@@ -63,7 +66,7 @@ def dkv(
     """
     B, H, E, Ev, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
-    group, drops = shape.group, shape.dropout_p > 0
+    group, split, drops = shape.group, config.split, shape.dropout_p > 0
     q_stages = stages if fused else stages + config.ahead
     do_stages = stages if fused else config.brief_stages
     needs_v = "dk" in wants
@@ -71,7 +74,7 @@ def dkv(
     part = (bk, E) if by_rows else (bq, E // n_wg)
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
     ordered, q_tiles = fused and config.ordered and interpret is None, cdiv(shape.query_len, bq)
-    items = visits.Items(B, H, cdiv(shape.key_len, config.rows), 1)
+    items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), 1)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
     at = functools.partial(rows_of, shape.layout)
@@ -91,13 +94,19 @@ def dkv(
         done = [pl.get_global(counts)] if ordered else []
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
         wg = lax.axis_index("wg")
-        b, kv_head, from_behind = items.at(lax.axis_index("program"), 0)
+        b, own_head, from_behind = items.at(lax.axis_index("program"), 0)
         key_tile = items.row_tiles - 1 - from_behind  # heaviest first: under a causal mask all queries see the first keys
         base = key_tile * config.rows + wg * bk
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
 
+        kv_head, first_head, heads = own_head, own_head * group, group
+        if split > 1:  # some programs have one head less
+            kv_head, share = lax.div(own_head, np.int32(split)), lax.rem(own_head, np.int32(split))
+            first, end = (lax.div(n * np.int32(group), np.int32(split)) for n in (share, share + 1))
+            first_head, heads = kv_head * group + first, end - first
+
         def head(r: Any) -> Any:
-            return kv_head * group + r
+            return first_head + r
 
         def walk(r: Any) -> Any:
             return walk_of(recipe, refs, b, head(r), key_tile, key_tile * config.rows, config.rows)
@@ -110,7 +119,11 @@ def dkv(
             return lax.select(more, r, r + 1), lax.select(more, i + 1, zero)
 
         # a dense mask may leave each head other tiles
-        steps = sum((walk(zero + r).steps for r in range(group)), zero) if recipe.listed else walk(zero).steps * group + zero
+        if recipe.listed:
+            counts_of = (walk(zero + r).steps for r in range(cdiv(group, split)))
+            steps = sum((n if split == 1 else jnp.where(r < heads, n, zero) for r, n in enumerate(counts_of)), zero)
+        else:
+            steps = walk(zero).steps * heads + zero
 
         def compute() -> None:
             k_own = k_s.at[pl.ds(wg * bk, bk)]
@@ -258,7 +271,7 @@ def dkv(
             plgpu.commit_smem()
             for name, own in (("dk", k_own), ("dv", v_own)):
                 if name in wants:
-                    plgpu.copy_smem_to_gmem(own, at(out_refs[name], b, base, bk, kv_head))
+                    plgpu.copy_smem_to_gmem(own, at(out_refs[name], b, base, bk, own_head))
             plgpu.wait_smem_to_gmem(0)
 
         def load() -> None:
@@ -290,7 +303,7 @@ def dkv(
     rows_out = cdiv(shape.key_len, 8) * 8
     dims = {"dk": E, "dv": Ev}
     sizes: list[tuple[int, ...]] = [
-        (B, H, rows_out, dims[name]) if shape.layout == "BHLE" else (B, rows_out, H, dims[name]) for name in wants
+        (B, H * split, rows_out, dims[name]) if shape.layout == "BHLE" else (B, rows_out, H * split, dims[name]) for name in wants
     ]
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     if fused and interpret is not None:

@@ -31,6 +31,9 @@ FUSE = WalkConfig(half=True)
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 
+TWO = dataclasses.replace(WIDE, split=2)
+DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
+
 
 def kernels(
     problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, key=None, p=0.0, keep=None, config=None, interpret=True,
@@ -132,6 +135,12 @@ OWN = {
     "fused, dense mask of each head, softcap": lambda: (
         make(136, 136, B=1, Hq=2, Hk=1, E=128, keep=(keep := rng.random((1, 2, 136, 136)) < 0.4), softcap=2.0),
         {"keep": keep, "config": FUSED},
+    ),
+    "a group of three divided between two programs": lambda: (
+        make(136, 200, B=1, Hq=6, Hk=2, E=64, keep=band(136, 200, -1, 0, 64)), {"mask": causal(64), "config": DIVIDED, "layout": "BLHE"}
+    ),
+    "a group divided under a dense mask of each head": lambda: (
+        make(136, 136, B=1, Hq=3, Hk=1, E=64, keep=(keep := rng.random((1, 3, 136, 136)) < 0.4)), {"keep": keep, "config": DIVIDED}
     ),
     "a traced negative scale": lambda: (make(72, 136, B=2, Hq=1, E=64, scale=-0.3), {"traced_scale": True}),
     "softcap and dropout": lambda: (
