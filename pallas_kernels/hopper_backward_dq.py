@@ -3,14 +3,15 @@
 Algorithm: FlashAttention-2 (arXiv:2307.08691, algorithm 2), cut in two so that nothing is added in memory: every program walks all
 that it needs and its sums stay in registers. It costs 7 products for 5 and gives the same bits each time.
 
-Grid: programs, one item each (`visits.Items`: batch entry, query head, row tile) of `warpgroups` x 64 query rows, which walk the
-key tiles that the mask leaves, as in the forward:
+Grid: programs, each with a few items one after another (`visits.Items`: batch entry, query head, row tile) of `warpgroups` x 64
+query rows, which walk the key tiles that the mask leaves, as in the forward:
 
     s = q @ k.T    dp = dout @ v.T    p = exp(s - lse)    ds = p * (dp - delta)    dq += ds @ k
 
-Who waits for what, per stage of the ring (a slot holds one tile of K and one of V):
+Who waits for what, per stage of the ring (a slot holds one tile of K and one of V), which goes round and round over all items:
 
-    own_ready             a warpgroup's queries and output cotangents have arrived
+    own_ready             a warpgroup's queries and output cotangents have arrived; it asks for the next item's when all products
+                          have read them
     k_ready, v_ready      loader -> computers: the tile has arrived
     k_free, v_free        computers -> loader: every computing warpgroup has read it; K a step later, for dq
 """
@@ -53,13 +54,14 @@ def dq(
     B, Hq, E, Ev, dtype = shape.batch, shape.q_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     v_stages = config.brief_stages
-    items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), 1)
+    items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), config.row_tiles)
+    several = config.row_tiles > 1  # then results leave from memory of their own
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, q_s: Any, do_s: Any, k_s: Any, v_s: Any, own_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any, sum_s: Any = None, ds_s: Any = None, **ring: Any) -> None:  # fmt: skip
+               v_free: Any, out_s: Any = None, sum_s: Any = None, ds_s: Any = None, **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         ds_ref: Any = None
         if stores:
@@ -67,14 +69,21 @@ def dq(
         sum_ref = cast(Any, more.pop() if adds_up else None)
         dq_ref = more.pop()
         refs = operands.refs(more, ring)
-        wg = lax.axis_index("wg")
-        b, h, row_tile = items.at(lax.axis_index("program"), 0)
-        base = row_tile * config.rows + wg * bq
+        program, wg = lax.axis_index("program"), lax.axis_index("wg")
+        count = items.count(program)
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
 
-        def compute() -> None:
+        def load_own(n: Any) -> None:
+            """Ask for this warpgroup's rows of item n."""
+            b, h, row_tile = items.at(program, n)
+            base = row_tile * config.rows + wg * bq
             plgpu.copy_gmem_to_smem(at(q_ref, b, base, bq, h), q_s.at[wg], own_ready.at[wg])
             plgpu.copy_gmem_to_smem(at(do_ref, b, base, bq, h), do_s.at[wg], own_ready.at[wg])
+
+        def attend(n: Any, done: Any) -> Any:
+            """Item n, `done` tiles into the ring."""
+            b, h, row_tile = items.at(program, n)
+            base = row_tile * config.rows + wg * bq
             rows = GradientRows.of(recipe, refs, b, h, row_tile, wg)
 
             def number(which: int) -> Any:
@@ -103,23 +112,24 @@ def dq(
                     store(ds * survivors, i)
                 return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
 
-            packed = rows.keep_words(0)
+            packed, now, v_now = rows.keep_words(0), slot(done, stages), slot(done, v_stages)
             plgpu.barrier_wait(own_ready.at[wg])
-            plgpu.barrier_wait(k_ready.at[0])
-            state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[0]), lambda: top, i=zero, number=zero, packed=packed)
-            plgpu.barrier_wait(v_ready.at[0])
-            dp = products.scores(do_s.at[wg], v_s.at[0])
-            plgpu.barrier_arrive(v_free.at[0])
+            plgpu.barrier_wait(k_ready.at[now])
+            state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=zero, number=done, packed=packed)
+            plgpu.barrier_wait(v_ready.at[v_now])
+            dp = products.scores(do_s.at[wg], v_s.at[v_now])
+            plgpu.barrier_arrive(v_free.at[v_now])
             ds, *sums = gradient(state, dp, *([filled((bq,), 0.0, ROW)] if adds_up else []), i=zero)
 
             def step(i: Any, carried: Any) -> Any:
                 acc, ds, sums = carried
-                now, before, v_now, packed = slot(i, stages), slot(i - 1, stages), slot(i, v_stages), rows.keep_words(i)
+                now, before, v_now = slot(done + i, stages), slot(done + i - 1, stages), slot(done + i, v_stages)
+                packed = rows.keep_words(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 carried = products.queries_step(
                     q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
                     before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
-                    probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=i, packed=packed),
+                    probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=done + i, packed=packed),
                     gradient=functools.partial(gradient, i=i), sums=sums,
                 )  # fmt: skip
                 plgpu.barrier_arrive(k_free.at[before])
@@ -133,13 +143,19 @@ def dq(
             carried, steps = (filled((bq, E), 0.0, TILE), ds, tuple(sums)), rows.walk.steps
             if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
                 carried = lax.fori_loop(1 + zero, steps + zero, step, carried)
-            end = slot(steps - 1 + zero, stages)
+            if several:
+                plgpu.commit_smem()
+                pl.when(n + 1 < count)(lambda: load_own(n + 1))
+            end = slot(done + steps - 1, stages)
             acc, ds, sums = carried
             acc = products.add(acc, ds, k_s.at[end])
             plgpu.barrier_arrive(k_free.at[end])
             acc = acc * operands.scale_of(shape, refs, b)
+            target = q_s if out_s is None else out_s
+            if several:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
             plgpu.commit_smem()
-            q_s[wg] = acc.astype(dtype)  # its rows have been read by all products
+            target[wg] = acc.astype(dtype)  # without memory of its own: its rows have been read by all products
             if adds_up:
                 sum_s[wg] = sums[0]
             plgpu.commit_smem()
@@ -149,26 +165,40 @@ def dq(
                 def _() -> None:
                     plgpu.copy_smem_to_gmem(sum_s.at[wg], sum_ref.at[b, h, pl.ds(base, bq)])
 
-            plgpu.copy_smem_to_gmem(q_s.at[wg], at(dq_ref, b, base, bq, h))
+            plgpu.copy_smem_to_gmem(target.at[wg], at(dq_ref, b, base, bq, h))
+            return done + steps
+
+        def compute() -> None:
+            load_own(0)
+            if several:
+                lax.fori_loop(zero, count + zero, attend, zero)
+            else:
+                attend(0, zero)
             plgpu.wait_smem_to_gmem(0)
 
-        def load() -> None:
+        def load(n: Any, done: Any) -> Any:
+            """The tiles of item n, as soon as there is room."""
+            b, h, row_tile = items.at(program, n)
             walk = walk_of(recipe, refs, b, h, row_tile, row_tile * config.rows, config.rows)
             kv_head = lax.div(h, np.int32(shape.group))
 
             def step(i: Any, _: Any) -> None:
-                now, t = slot(i, stages), walk.tile(i)
-                operands.bring_bias(refs, config, b, h, row_tile, t, i)
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
+                number, t = done + i, walk.tile(i)
+                now, v_now = slot(number, stages), slot(number, v_stages)
+                operands.bring_bias(refs, config, b, h, row_tile, t, number)
+                pl.when(number >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
-                v_now = slot(i, v_stages)
-                pl.when(i >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_now]))
+                pl.when(number >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_now]))
                 plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[v_now], v_ready.at[v_now])
 
             lax.fori_loop(zero, walk.steps + zero, step, None)
-            drain([(k_free, stages), (v_free, v_stages), *operands.bias_rings(refs, config)], walk.steps + zero)
+            return done + walk.steps
 
-        in_roles(config, wg, compute, load, interpret)
+        def load_all() -> None:
+            done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
+            drain([(k_free, stages), (v_free, v_stages), *operands.bias_rings(refs, config)], done)
+
+        in_roles(config, wg, compute, load_all, interpret)
 
     rows_out = cdiv(shape.query_len, 8) * 8
     barrier = plgpu.Barrier
@@ -191,6 +221,7 @@ def dq(
             "v_ready": barrier(num_barriers=v_stages),
             "k_free": barrier(num_arrivals=n_wg, num_barriers=stages),
             "v_free": barrier(num_arrivals=n_wg, num_barriers=v_stages),
+            **({"out_s": tile((n_wg, bq), E, dtype)} if several else {}),
             **({"sum_s": plgpu.SMEM((n_wg, bq), jnp.float32)} if adds_up else {}),
             **operands.bias_ring(config),
             **({"ds_s": operands.bias_tile((n_wg, bq), bk)} if stores else {}),

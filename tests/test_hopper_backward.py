@@ -31,6 +31,8 @@ FUSE = WalkConfig(half=True)
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 
+THREE_TILES = dataclasses.replace(WalkConfig(), row_tiles=3)
+SEVERAL = BackwardConfig(dq=THREE_TILES, dkv=THREE_TILES, dk=THREE_TILES, dv=THREE_TILES)
 TWO = dataclasses.replace(WIDE, split=2)
 DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
 
@@ -141,6 +143,10 @@ OWN = {
     ),
     "a group divided under a dense mask of each head": lambda: (
         make(136, 136, B=1, Hq=3, Hk=1, E=64, keep=(keep := rng.random((1, 3, 136, 136)) < 0.4)), {"keep": keep, "config": DIVIDED}
+    ),
+    "several row tiles a program": lambda: (make(264, 200, B=2, Hq=4, Hk=2, E=64), {"config": SEVERAL}),
+    "several row tiles a program, causal, (B, L, H, E)": lambda: (
+        make(392, 264, B=1, Hq=2, E=64, keep=band(392, 264, -1, 0)), {"mask": causal(), "config": SEVERAL, "layout": "BLHE"}
     ),
     "a traced negative scale": lambda: (make(72, 136, B=2, Hq=1, E=64, scale=-0.3), {"traced_scale": True}),
     "softcap and dropout": lambda: (
