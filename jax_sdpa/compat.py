@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 __all__ = [
     "JAX_VERSION",
+    "batch_over",
     "cudnn_attention",
     "cudnn_attention_backward",
     "cudnn_version",
@@ -62,6 +63,16 @@ def typed_like(aval: Any, dims: Sequence[int | None], shape: tuple[Any, ...], dt
     entries = (*aval.sharding.spec, *[None] * len(aval.shape))
     spec = PartitionSpec(*(None if dim is None else entries[dim] for dim in dims))
     return ShapedArray(shape, dtype, sharding=aval.sharding.update(spec=spec), manual_axis_type=aval.manual_axis_type)
+
+
+def batch_over(x: Any, axes: tuple[str, ...]) -> Any:
+    """x with its first dim divided among mesh axes, the others as XLA likes: where a mesh that has them is set (`jax.set_mesh`) and
+    leaves them to XLA. Inside a `shard_map` over them there is nothing left to divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(axes) <= set(mesh.auto_axes):
+        return x
+    spec = PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def lower_untyped(program: Any, ctx: Any, *args: Any) -> Any:

@@ -79,6 +79,18 @@ def seeds(key, batch, heads, *, batch_offset=0, head_offset=0):
     return jnp.stack(_threefry2x32_jit(*k, b, h), axis=-1)
 
 
+def seeds_at(seeds, q_offset, k_offset):
+    """The seeds of a part of a call, whose queries count from q_offset and whose keys from k_offset: four words for each head.
+
+    seeds: uint32 (..., 2); the offsets may be traced scalars. Whoever is given four words adds the last two to his indices.
+
+    >>> seeds_at(jnp.zeros((1, 1, 2), jnp.uint32), 256, 512).tolist()
+    [[[0, 0, 256, 512]]]
+    """
+    offsets = jnp.stack([jnp.asarray(offset).astype(_U) for offset in (q_offset, k_offset)])
+    return jnp.concatenate([seeds, jnp.broadcast_to(offsets, (*seeds.shape[:-1], 2))], axis=-1)
+
+
 def threshold(p):
     """`round(p * 2**32)`: an element is dropped where its 32 bits are below it. A Python int in [0, 2**32]; 2**32 only for p = 1.
 
@@ -160,13 +172,17 @@ def keep(seed0, seed1, q_idx, k_idx, p):
 def keep_block(seeds, q_start, q_len, k_start, k_len, p):
     """A block of the mask for XLA: `keep_block(...)[b, h, i, j] = keep(*seeds[b, h], q_start + i, k_start + j, p)`.
 
-    seeds: uint32 (..., 2); the starts may be traced, the lengths are static. Returns bool (..., q_len, k_len).
+    seeds: uint32 (..., 2), or (..., 4) of `seeds_at`; the starts may be traced, the lengths are static. Returns bool
+    (..., q_len, k_len).
 
     >>> keep_block(seeds(jax.random.key(0), 2, 3), 0, 4, 128, 5, 0.1).shape
     (2, 3, 4, 5)
     """
     s0, s1 = seeds[..., 0, None], seeds[..., 1, None]
-    words = *query_words(s0, s1, _indices(q_start, q_len)), key_words(s1, _indices(k_start, k_len))
+    q_idx, k_idx = _indices(q_start, q_len), _indices(k_start, k_len)
+    if seeds.shape[-1] == 4:
+        q_idx, k_idx = q_idx + seeds[..., 2, None], k_idx + seeds[..., 3, None]
+    words = *query_words(s0, s1, q_idx), key_words(s1, k_idx)
     a, b, c = jax.lax.optimization_barrier(words)  # else XLA fuses the words' making into each of the q_len * k_len elements
     return keep_words(a[..., :, None], b[..., :, None], c[..., None, :], p)
 

@@ -20,8 +20,9 @@ BENEATH = {"request", "masks", "dropout", "errors", "device", "compat", "context
 LAYERS = [
     BENEATH,
     {"implementations"},
-    {"dispatch", "primitive", "sharding"},
+    {"dispatch", "primitive", "partition"},
     {"check", "functional", "attention"},
+    {"sharding"},
     {"nn", "compare", "examples", "backends"},
 ]
 

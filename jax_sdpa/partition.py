@@ -7,15 +7,19 @@ backend's own program on each device's part instead. The rule is written once, i
     B  one for the whole batch        Q  one for all query heads
 
 Lengths and head dims are whole on every device, and so is what is shared; the cotangent of a shared operand is summed over the
-devices that split the rest.
+devices that split the rest. Where there are more devices than key/value heads, these are shared by the devices of a group: each
+takes the head that its queries attend with, and the cotangents are summed over the group.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
@@ -74,44 +78,86 @@ def _rule(operands: Sequence[Labels], results: Sequence[Labels], group: int) -> 
     return {"sharding_rule": " -> ".join(text), "need_replication_factors": tuple(whole)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Over which mesh axes the batch, the query heads and the key/value heads are split, and which further axes split query heads
+    alone: `kv_heads` are shared there, and a device takes one of them."""
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv: tuple[str, ...]
+    sharing: tuple[str, ...] = ()
+    kv_heads: int = 1  # on a device
+    devices: int = 1  # that share them
+
+    @classmethod
+    def of(cls, mesh: Any, batch: tuple[str, ...], heads: tuple[str, ...], kv_heads: Any) -> _Split:
+        parts = [math.prod(mesh.shape[axis] for axis in heads[:n]) for n in range(len(heads) + 1)]
+        if kv_heads == 1 or kv_heads % parts[-1] == 0:
+            return cls(batch, heads, heads)
+        n = max(n for n, part in enumerate(parts) if kv_heads % part == 0)
+        own, devices = kv_heads // parts[n], parts[-1] // parts[n]
+        if devices % own:
+            return cls(batch, (), ())  # a device's query heads belong to several: all heads are whole on each
+        return cls(batch, heads, heads[:n], heads[n:], own, devices)
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        return {"b": self.batch, "q": self.heads, "h": self.kv}
+
+    def head(self) -> Any:
+        """Of the key/value heads that devices share, the one that this device's queries attend with; None where none are shared."""
+        return lax.axis_index(self.sharing) // (self.devices // self.kv_heads) if self.sharing else None
+
+    def own_head(self, array: jax.Array, labels: Labels, head: Any) -> jax.Array:
+        """Keys or values of that head alone."""
+        return array if head is None or "h" not in labels else lax.dynamic_slice_in_dim(array, head, 1, labels.index("h"))
+
+    def among_all(self, array: jax.Array, labels: Labels, head: Any) -> jax.Array:
+        """The cotangent of what `own_head` took: zeros for the other heads."""
+        if head is None or "h" not in labels:
+            return array
+        axis = labels.index("h")
+        zeros = jnp.zeros((*array.shape[:axis], self.kv_heads, *array.shape[axis + 1 :]), array.dtype)
+        return lax.dynamic_update_slice_in_dim(zeros, array, head, axis)
+
+
 def partitioned(program: Program, request: SdpaRequest, operands: Sequence[Labels], results: Sequence[Labels]) -> Program:
     """`program` (a backend's, on arrays labelled `operands`), run on each device's part of the batch and the heads.
 
     On one device, and inside a `shard_map` that is manual over the whole mesh, it is the program itself.
     """
 
-    def axes_of(mesh: Any, query: Any) -> dict[str, tuple[str, ...]]:
-        """Over which mesh axes each label is split, read off the query's sharding."""
+    def split_of(mesh: Any, query: Any) -> _Split:
         entries = (*query.sharding.spec, *[None] * 4)
         batch, heads = (
             () if entry is None else entry if isinstance(entry, tuple) else (entry,)
             for entry in (entries[0], entries[request.heads_axis])
         )
-        parts = 1
-        for axis in heads:
-            parts *= mesh.shape[axis]
-        if request.kv_heads % parts and request.kv_heads > 1:
-            heads = ()  # more devices than key/value heads: all heads are whole on each
-        return {"b": batch, "q": heads, "h": heads}
+        return _Split.of(mesh, batch, heads, request.kv_heads)
 
-    def shardings(mesh: Any, query: Any, labelled: Sequence[Labels]) -> tuple[NamedSharding, ...]:
-        axes = axes_of(mesh, query)
+    def shardings(mesh: Any, split: _Split, labelled: Sequence[Labels]) -> tuple[NamedSharding, ...]:
+        axes = split.axes
         return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(label) or None for label in labels))) for labels in labelled)
 
     def infer(mesh: Any, args: Any, outs: Any) -> tuple[NamedSharding, ...]:
-        return shardings(mesh, args[0], results)
+        return shardings(mesh, split_of(mesh, args[0]), results)
 
     def partition(mesh: Any, args: Any, outs: Any) -> Any:
-        axes = axes_of(mesh, args[0])
+        split = split_of(mesh, args[0])
 
         def local(*args: jax.Array) -> tuple[jax.Array, ...]:
+            head = split.head()
+            given = [split.own_head(array, labels, head) for array, labels in zip(args, operands, strict=True)]
             found = []
-            for array, labels in zip(compat.without_mesh(program)(*args), results, strict=True):
-                split = tuple(axis for label in labels if label.isupper() for axis in axes[label.lower()])
-                found.append(lax.psum(array, split) if split else array)
+            for array, labels in zip(program(*given), results, strict=True):
+                axes = tuple(axis for label in labels if label.isupper() for axis in split.axes[label.lower()])
+                axes += split.sharing if "h" in labels else ()
+                array = split.among_all(array, labels, head)
+                found.append(lax.psum(array, axes) if axes else array)
             return tuple(found)
 
-        return mesh, local, shardings(mesh, args[0], results), shardings(mesh, args[0], operands)
+        return mesh, compat.without_mesh(local), shardings(mesh, split, results), shardings(mesh, split, operands)
 
     wrapped = custom_partitioning(lambda *args: tuple(program(*args)))
     rule = _rule(operands, results, request.group)
