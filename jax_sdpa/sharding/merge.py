@@ -26,8 +26,10 @@ def nothing(request: SdpaRequest) -> State:
 
 
 def largest(bias: jax.Array | None) -> Any:
-    """The largest number of each row of a bias, (B|1, Hq|1, L|1, 1) in float32 (float64), 0 where it is not finite: taken off before
-    results are merged, because the lse of a row of -1e9 would have lost the logarithm of its sum. It has no gradient of its own."""
+    """The largest number of each row of a bias, (B|1, Hq|1, L|1, 1) in float32 (float64), 0 where it is not finite; no gradient.
+
+    Taken off before results are merged: the lse of a row of -1e9 would have lost the logarithm of its sum.
+    """
     if bias is None:
         return None
     found = jnp.max(lax.stop_gradient(bias), 3, keepdims=True).astype(jnp.promote_types(bias.dtype, jnp.float32))

@@ -1,7 +1,7 @@
 """Ring attention: queries stay where they are; keys and values, cut over the devices of a mesh axis, go round by `ppermute`.
 
 At step r a device has the keys of the device r before it. It asks for the next ones first and computes meanwhile; every visit is
-one call of the engine, whose mask is moved, and the results are merged by lse (`merge`). Nothing but key, value and key ids travels.
+one call of the engine, whose mask is moved, and the results are merged by lse (`merge`). Key, value and key ids alone travel.
 
 The backward is a second ring, from what the forward kept: the local q, k, v, out and lse, 1/n of everything. A visit's gradients
 follow from the whole softmax's out and lse (p = exp(s - lse)); dk and dv travel with the keys that they belong to, in float32, and
