@@ -176,6 +176,8 @@ def _dropout(p: Any, key: Any, batch: tuple[Any, ...], Hq: int) -> tuple[float, 
             f"dropout_p={p} needs a key: pass dropout_rng=jax.random.key(...). "
             "(torch draws from a global generator; JAX's keys are explicit.)"
         )
+    if isinstance(key, dropout.KeyAt):
+        return p, key.seeds(math.prod(batch), Hq)
     return p, dropout.seeds(key, math.prod(batch), Hq)
 
 
@@ -263,6 +265,8 @@ def sharded_request(
             "Expected query, key and value of rank 4, (B, H, L, E) or (B, L, H, E): a mesh axis divides one batch dim. Got ranks "
             f"{q.ndim}, {k.ndim} and {v.ndim}; reshape the batch dims into one."
         )
+    if isinstance(dropout_rng, dropout.KeyAt):
+        raise TypeError("dropout_rng must be a JAX key here, without offsets: the call is whole, and its parts are placed for you.")
     heads_axis = 1 if layout == "BHLE" else 2
     return _request(
         q, k, v, layout=layout, enable_gqa=_flag(enable_gqa, "enable_gqa"), mask=_torch_mask(attn_mask, is_causal),

@@ -65,7 +65,8 @@ def scaled_dot_product_attention(
         is_causal: upper-left triangle, k <= q, for any L and S. With `attn_mask` it is an error.
         scale: a number, or a scalar array (may be traced, has a gradient).
         enable_gqa: query head h attends with key/value head h // (Hq / H); nothing is repeated in memory.
-        dropout_rng: a JAX key; needed where dropout_p > 0. The same key gives the same mask on every backend.
+        dropout_rng: a JAX key; needed where dropout_p > 0. The same key gives the same mask on every backend, and on any mesh
+            under plain `jit`; in a manual `shard_map` say where the part begins (`jax_sdpa.dropout.at`).
 
     Returns:
         (..., Hq, L, Ev) in the query's dtype. float16 and bfloat16 are computed in float32 and rounded once.

@@ -9,7 +9,7 @@ from harness import dropped, make, on_jax
 from oracle import band, check, lengths, solve
 
 from jax_sdpa import check as checks
-from jax_sdpa import compat, dot_product_attention, explain, scaled_dot_product_attention
+from jax_sdpa import compat, dot_product_attention, dropout, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, causal_lower_right, sliding_window
 from jax_sdpa.implementations.flash import Flash
@@ -84,6 +84,16 @@ def _in_half(name, dtype):
     if problem.bias is not None:
         problem = problem.but(bias=problem.bias.astype(np.float32))
     return problem, mask, options
+
+
+@needs_mosaic
+def test_a_part_of_a_call_with_dropout_interpreted():
+    """The kernels, forward and both of the backward, count queries and keys from where the part begins in the whole call."""
+    key, p, q0, k0 = jax.random.key(1), 0.3, 37, 70
+    survivors = dropped(key, 2, 2, 136 + q0, 200 + k0, p)[:, :, q0:, k0:]
+    problem = make(136, 200, Hq=2, Hk=1, E=64, keep=lengths(136, 200, [180, 0]), survivors=survivors).rounded("bfloat16")
+    placed = dropout.at(key, query_position=q0, key_position=jnp.int32(k0))
+    check(problem, interpreted(problem, KeyLengths(jnp.array([180, 0])), gradients=True, dropout_p=p, dropout_rng=placed))
 
 
 @pytest.mark.gpu
