@@ -105,8 +105,8 @@ def at(key, *, batch=0, head=0, query_position=0, key_position=0):
 
     Args:
         key: the larger call's JAX key.
-        batch, head, query_position, key_position: which batch entry, query head, query and key position of the larger call the part's first
-            ones are; integers, or traced scalars, as in a manual `shard_map`:
+        batch, head, query_position, key_position: which batch entry, query head, query and key position of the larger call the
+            part's first ones are; integers, or traced scalars, as in a manual `shard_map`:
 
             dropout_rng=at(key, batch=jax.lax.axis_index("data") * B_local, head=jax.lax.axis_index("tensor") * Hq_local)
 

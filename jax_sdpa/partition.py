@@ -14,12 +14,14 @@ takes the head that its queries attend with, and the cotangents are summed over 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
@@ -122,11 +124,19 @@ class _Split:
         return lax.dynamic_update_slice_in_dim(zeros, array, head, axis)
 
 
-def partitioned(program: Program, request: SdpaRequest, operands: Sequence[Labels], results: Sequence[Labels]) -> Program:
+def partitioned(
+    program: Program, request: SdpaRequest, operands: Sequence[Labels], results: Sequence[Labels], identity: str
+) -> Program:
     """`program` (a backend's, on arrays labelled `operands`), run on each device's part of the batch and the heads.
 
     On one device, and inside a `shard_map` that is manual over the whole mesh, it is the program itself.
+
+    identity: everything static that the program hangs on, as text, the same in every process. Until XLA partitions it, the module
+    has a Python pointer in the program's place. With `jax_remove_custom_partitioning_ptr_from_cache_key` JAX's persistent cache
+    leaves that out of its key; a digest as one more operand, which nobody reads, is what then tells one program from another.
     """
+    digest = np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint32)
+    operands = [*operands, "."]
 
     def split_of(mesh: Any, query: Any) -> _Split:
         entries = (*query.sharding.spec, *[None] * 4)
@@ -148,7 +158,7 @@ def partitioned(program: Program, request: SdpaRequest, operands: Sequence[Label
 
         def local(*args: jax.Array) -> tuple[jax.Array, ...]:
             head = split.head()
-            given = [split.own_head(array, labels, head) for array, labels in zip(args, operands, strict=True)]
+            given = [split.own_head(array, labels, head) for array, labels in zip(args, operands, strict=True)][:-1]
             found = []
             for array, labels in zip(program(*given), results, strict=True):
                 axes = tuple(axis for label in labels if label.isupper() for axis in split.axes[label.lower()])
@@ -159,7 +169,7 @@ def partitioned(program: Program, request: SdpaRequest, operands: Sequence[Label
 
         return mesh, compat.without_mesh(local), shardings(mesh, split, results), shardings(mesh, split, operands)
 
-    wrapped = custom_partitioning(lambda *args: tuple(program(*args)))
+    wrapped = custom_partitioning(lambda *args: tuple(program(*args[:-1])))
     rule = _rule(operands, results, request.group)
     wrapped.def_partition(partition=partition, infer_sharding_from_operands=infer, **rule)
-    return wrapped
+    return lambda *args: wrapped(*args, jnp.asarray(digest))

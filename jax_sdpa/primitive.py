@@ -132,7 +132,8 @@ def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]], labels
             # grouped heads that are cut into more parts than there are key/value heads: XLA alone gathers them, in MATH too
             if compat.may_partition(ctx) and (implementation.needs_partitioning or request.q_heads != request.kv_heads):
                 operands, results = _operand_labels(request, **params), labels(request, **params)
-                program = partition.partitioned(program, request, operands, results)
+                identity = repr((name, implementation.backend.name, str(device(request)), treedef, sorted(params.items())))
+                program = partition.partitioned(program, request, operands, results, identity)
             return compat.lower_untyped(program, ctx, *args)
 
         return rule
