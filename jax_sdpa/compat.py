@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax._src import dispatch as _dispatch
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX's cuDNN attention: the backward from (out, lse) is not public
+from jax._src.mesh import get_concrete_mesh
+from jax._src.sharding_impls import GSPMDSharding
 from jax.core import ShapedArray
 from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
@@ -27,6 +30,7 @@ __all__ = [
     "needs_devices",
     "typed_like",
     "vary_together",
+    "whole",
     "without_mesh",
     "x64_enabled",
     "zero_tangent",
@@ -80,7 +84,25 @@ def lower_untyped(program: Any, ctx: Any, *args: Any) -> Any:
     are. What varies and what is sharded is said by the avals of the primitive around it. Nor does the caller's ban on rank
     promotion, which is about the caller's own code, hold inside."""
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    return mlir.lower_fun(without_mesh(program), multiple_results=True)(ctx.replace(avals_in=plain), *args)
+    ctx = _told_of_mesh(ctx.replace(avals_in=plain))
+    return mlir.lower_fun(without_mesh(program), multiple_results=True)(ctx, *args)
+
+
+def _told_of_mesh(ctx: Any) -> Any:
+    """ctx with the mesh of `jax.set_mesh` where no operand of the whole program names one: `custom_partitioning` would know no
+    sharding by name then."""
+    module, mesh = ctx.module_context, get_concrete_mesh()
+    context = module.axis_context
+    if not may_partition(ctx) or context.abstract_mesh is not None or mesh.empty:
+        return ctx
+    if tuple(context.device_assignment) != tuple(mesh.devices.flat):
+        return ctx
+    return ctx.replace(module_context=module.replace(axis_context=dataclasses.replace(context, abstract_mesh=mesh.abstract_mesh)))
+
+
+def whole(sharding: Any) -> Any:
+    """The sharding of an array that is whole on each of the devices of another's."""
+    return GSPMDSharding.get_replicated(sharding._device_assignment)
 
 
 def without_mesh(program: Any) -> Any:

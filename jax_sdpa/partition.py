@@ -150,10 +150,16 @@ def partitioned(
         axes = split.axes
         return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(label) or None for label in labels))) for labels in labelled)
 
-    def infer(mesh: Any, args: Any, outs: Any) -> tuple[NamedSharding, ...]:
+    def infer(mesh: Any, args: Any, outs: Any) -> tuple[Any, ...]:
+        if not isinstance(args[0].sharding, NamedSharding):
+            return (compat.whole(args[0].sharding),) * len(results)
         return shardings(mesh, split_of(mesh, args[0]), results)
 
     def partition(mesh: Any, args: Any, outs: Any) -> Any:
+        if not isinstance(args[0].sharding, NamedSharding):  # nothing in the whole program names a mesh: all is whole everywhere
+            everywhere = compat.whole(args[0].sharding)
+            own = compat.without_mesh(lambda *args: tuple(program(*args[:-1])))
+            return mesh, own, (everywhere,) * len(results), (everywhere,) * len(operands)
         split = split_of(mesh, args[0])
 
         def local(*args: jax.Array) -> tuple[jax.Array, ...]:

@@ -220,6 +220,26 @@ def test_vmap_hands_its_mesh_axis_to_the_primitive(backend):
     np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("known", ["set_mesh", "a shard_map's alone"])
+def test_operands_without_a_mesh_in_a_program_for_several_devices(known, backend):
+    """Nothing is divided, and nothing goes wrong: the mesh is known by `set_mesh`, or by no name that attention could see."""
+    mesh, q = on((2, 4), ("b", "h")), jnp.asarray(make(20, 20, B=4, Hq=4).query, jnp.float32)
+
+    def call(q):
+        return scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    def beside(q):
+        return call(q) + jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=P("b"), out_specs=P("b"))(q)
+
+    with sdpa_kernel(backend):
+        wanted = jax.jit(call)(q)
+        if known == "set_mesh":
+            with jax.set_mesh(mesh):
+                np.testing.assert_allclose(jax.jit(call)(q), wanted, atol=2e-5)
+        else:
+            np.testing.assert_allclose(jax.jit(beside)(q) - 2 * q, wanted, atol=2e-5)
+
+
 @pytest.mark.parametrize("manual", [{"b", "h"}, {"b"}], ids=["manual", "partly manual"])
 def test_dropout_in_a_shard_map_by_offsets(manual, backend):
     """Values and gradients of the whole call, dropout's bits with them, by saying where each device's part begins."""
