@@ -183,7 +183,7 @@ def grouped(q, k):
 
 @pytest.mark.parametrize("explicit", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["automatic", "explicit"])
 @pytest.mark.parametrize("name", MESHES)
-def test_fewer_key_value_heads_than_devices_are_shared_and_query_heads_stay_divided(name, explicit, backend):
+def test_fewer_key_value_heads_than_devices_are_shared_and_query_heads_stay_divided(name, explicit, backend_of_layers):
     """Nothing is gathered: a device takes the one head that its queries attend with, and its cotangents are summed over the group."""
     from jax.sharding import AxisType
 
@@ -191,7 +191,7 @@ def test_fewer_key_value_heads_than_devices_are_shared_and_query_heads_stay_divi
     q, k = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key))
     mesh = on(*MESHES[name], AxisType.Explicit if explicit else None)
     specs = {"(8)": (P(None, "b"), P()), "(2, 4)": (P("b", "h"), P("b")), "(2, 2, 2)": (P("b", ("h", "g")), P("b", "h"))}[name]
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         wanted = jax.jit(grouped)(q, k)
         with jax.set_mesh(mesh):
             placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((q, k), specs, strict=True)]
@@ -241,7 +241,7 @@ def test_operands_without_a_mesh_in_a_program_for_several_devices(known, backend
 
 
 @pytest.mark.parametrize("manual", [{"b", "h"}, {"b"}], ids=["manual", "partly manual"])
-def test_dropout_in_a_shard_map_by_offsets(manual, backend):
+def test_dropout_in_a_shard_map_by_offsets(manual, backend_of_layers):
     """Values and gradients of the whole call, dropout's bits with them, by saying where each device's part begins."""
     mesh, problem = on((2, 4), ("b", "h")), make(20, 20, B=4, Hq=8)
     q, k = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key))
@@ -261,6 +261,6 @@ def test_dropout_in_a_shard_map_by_offsets(manual, backend):
     def step(f):
         return jax.jit(jax.value_and_grad(lambda q, k: jnp.sin(f(q, k)).sum(), (0, 1)))
 
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend_of_layers):
         got, wanted = step(mapped)(q, k), step(lambda q, k: call(q, k, key))(q, k)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)

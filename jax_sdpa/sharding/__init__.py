@@ -150,8 +150,8 @@ def context_parallel_attention(
         As `scaled_dot_product_attention`; ValueError where a method cannot run the call (L and S of the ring are multiples of the
         devices, of twice as many in zig-zag), with every reason.
 
-    Differentiable once, in reverse mode, in every operand that the one-device call is differentiable in; all_to_all and decode any
-    number of times and in both modes (JAX differentiates them; the ring has a rule of its own that keeps 1/n of everything).
+    Differentiable any number of times in every operand that the one-device call is differentiable in. The ring has a rule of its
+    own, a `custom_vjp` that keeps 1/n of everything, and so refuses forward mode (`jvp`, `jacfwd`); the others have both modes.
     float16 and bfloat16: each part's result is rounded before it is merged in float32. The order of additions is the mesh's: bits
     differ from one device's, but not from run to run; dropout drops the same weights.
 
