@@ -3,9 +3,9 @@
 python -m benchmarks.multi_gpu --save PATH [--devices 2] [--length 65536] [--batch-length 8192] [--heads 16] [--head-dim 128]
 
 Ring attention (causal, zig-zag and in order), all-to-all, and batch sharding; wall-clock medians, calls taking turns. Correctness
-comes first: each way against float32 on one device, beside what one device's own call makes of the same halves; nothing is timed that is
-more than twice as wrong. Then the bits of two runs are compared. Aims for two H200s: 1.8 times one GPU's throughput by the ring at
-65536 tokens, 1.95 times by the batch.
+comes first: each way against float32 on one device, beside what one device's own call makes of the same halves; nothing is timed
+that is more than twice as wrong. Then the bits of two runs are compared. Aims for two H200s: 1.8 times one GPU's throughput by the
+ring at 65536 tokens, 1.95 times by the batch.
 
 On a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=2 and small sizes (its devices share the same cores, so it shows that the
 script runs, and no speedup).
