@@ -98,7 +98,7 @@ def compare(backend, mesh, given, mask=None, where=None, **options):
 
 @pytest.mark.parametrize("shape", [(8,), (2, 4), (2, 2, 2)], ids=str)
 def test_the_ring_is_one_devices_call_and_only_permutes(shape, backend):
-    """Sequence, sequence and batch, all three: nothing but collective-permutes, and results where the operands lie."""
+    """Sequence, sequence and batch, all three: nothing but collective-permutes, results where the operands lie, the same bits twice."""
     mesh = mesh_of(*shape)
     given = operands()
     axes = [name if name in mesh.axis_names else None for name in ("b", "h", "s")]
@@ -106,6 +106,7 @@ def test_the_ring_is_one_devices_call_and_only_permutes(shape, backend):
     given = {name: jax.device_put(x, spec) for name, x in given.items()}
     compiled, (out, lse, grads) = compare(backend, mesh, given, causal(), {"method": "ring"})
     assert collectives(compiled) == {"collective-permute"}
+    jax.tree.map(np.testing.assert_array_equal, compiled(given), (out, lse, grads))
     for x in (out, lse, *grads.values()):
         assert x.sharding.is_equivalent_to(spec, x.ndim), x.sharding
 
@@ -204,7 +205,7 @@ def test_zigzag(backend_of_layers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ring", "all_to_all", "decode"])
-@pytest.mark.parametrize("shape", [(2,), (8,), (2, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 2)], ids=str)
 def test_every_method_on_every_mesh(shape, how, backend):
     """Four query heads on 8 devices are too few for all_to_all, which says so."""
     mesh, mask = mesh_of(*shape), SegmentIds(jnp.asarray(ids)) & causal()
@@ -217,9 +218,10 @@ def test_every_method_on_every_mesh(shape, how, backend):
 
 
 def test_decode_over_a_sharded_cache_gathers_nothing_of_it(backend):
-    """One query each, lengths moved; what travels has the size of out."""
+    """One query each, lengths moved; what travels has the size of out. Behind its length a cache may hold anything."""
     mesh = mesh_of(8)
     q, cache, lengths = normal(B, HQ, 1, E), normal(B, H, 256, E), jnp.array([256, 37])
+    cache = cache.at[1, :, 37:].set(jnp.nan)
     placed = jax.device_put(cache, NamedSharding(mesh, P(None, None, "s")))
 
     def call(q, cache, lengths):
