@@ -176,6 +176,8 @@ def _dropout(p: Any, key: Any, batch: tuple[Any, ...], Hq: int) -> tuple[float, 
             f"dropout_p={p} needs a key: pass dropout_rng=jax.random.key(...). "
             "(torch draws from a global generator; JAX's keys are explicit.)"
         )
+    if isinstance(key, dropout.KeyAt):
+        return p, key.seeds(math.prod(batch), Hq)
     return p, dropout.seeds(key, math.prod(batch), Hq)
 
 
@@ -225,6 +227,55 @@ def _request(
     return SdpaRequest(q, k, v, bias, keep_mask, masks, traced_scale, sinks, seeds, spec)
 
 
+def _torch_mask(attn_mask: Any, is_causal: Any) -> Mask | None:
+    mask = None if attn_mask is None else _mask_value(attn_mask, "attn_mask")
+    if not _flag(is_causal, "is_causal"):
+        return mask
+    if mask is not None:
+        raise ValueError(
+            "Explicit attn_mask should not be set when is_causal=True. To combine them, pass "
+            "attn_mask=causal_upper_left(L, S) & mask (torch's is_causal) or causal_lower_right(L, S) & mask (queries at the "
+            "end of a KV cache), from jax_sdpa.attention.bias."
+        )
+    return causal()
+
+
+def sharded_request(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: Any,
+    is_causal: Any,
+    *,
+    scale: Any,
+    enable_gqa: Any,
+    dropout_rng: Any,
+    softcap: Any,
+    sinks: Any,
+    layout: Any,
+    returns_lse: Any,
+) -> SdpaRequest:
+    """The request of context parallelism: torch's arguments and `jax.nn`'s extras, in either layout, of rank 4."""
+    if layout not in ("BHLE", "BLHE"):
+        raise ValueError(f"layout must be 'BHLE' (torch's) or 'BLHE' (JAX's), got {layout!r}.")
+    q, k, v = _arrays(query, key, value, least_rank=4)
+    if max(q.ndim, k.ndim, v.ndim) > 4:
+        raise ValueError(
+            "Expected query, key and value of rank 4, (B, H, L, E) or (B, L, H, E): a mesh axis divides one batch dim. Got ranks "
+            f"{q.ndim}, {k.ndim} and {v.ndim}; reshape the batch dims into one."
+        )
+    if isinstance(dropout_rng, dropout.KeyAt):
+        raise TypeError("dropout_rng must be a JAX key here, without offsets: the call is whole, and its parts are placed for you.")
+    heads_axis = 1 if layout == "BHLE" else 2
+    return _request(
+        q, k, v, layout=layout, enable_gqa=_flag(enable_gqa, "enable_gqa"), mask=_torch_mask(attn_mask, is_causal),
+        mask_name="attn_mask", allowed=allowed_now(), scale=scale, dropout_p=dropout_p, dropout_rng=dropout_rng,
+        softcap=_softcap(softcap), sinks=_sinks(sinks, q.shape[heads_axis : heads_axis + 1]),
+        returns_lse=_flag(returns_lse, "return_residual"),
+    )  # fmt: skip
+
+
 def torch_request(
     query: Any,
     key: Any,
@@ -239,15 +290,7 @@ def torch_request(
 ) -> tuple[SdpaRequest, tuple[Any, ...]]:
     """The request of torch's face, and the shape in which its caller expects the output."""
     q, k, v = _arrays(query, key, value, least_rank=2)
-    mask = None if attn_mask is None else _mask_value(attn_mask, "attn_mask")
-    if _flag(is_causal, "is_causal"):
-        if mask is not None:
-            raise ValueError(
-                "Explicit attn_mask should not be set when is_causal=True. To combine them, pass "
-                "attn_mask=causal_upper_left(L, S) & mask (torch's is_causal) or causal_lower_right(L, S) & mask (queries at the "
-                "end of a KV cache), from jax_sdpa.attention.bias."
-            )
-        mask = causal()
+    mask = _torch_mask(attn_mask, is_causal)
     if _flag(enable_gqa, "enable_gqa") and min(q.ndim, k.ndim, v.ndim) < 3:
         raise ValueError(f"enable_gqa needs a heads dim: arrays of rank 3 and more, got {q.ndim}, {k.ndim} and {v.ndim}.")
     request = _request(
@@ -288,6 +331,24 @@ def _implementation(implementation: Any) -> Allowed:
             f"{[b.name for b in around.backends]}: drop one of the two."
         )
     return Allowed(chosen, around.ordered)
+
+
+def _softcap(softcap: Any) -> Any:
+    if softcap is not None and not (softcap := _number(softcap, "softcap")) > 0:
+        raise ValueError(f"softcap must be positive (None = no cap), got {softcap}.")
+    return softcap
+
+
+def _sinks(sinks: Any, heads: tuple[Any, ...]) -> Any:
+    """(1, Hq), float32 or float64."""
+    if sinks is None:
+        return None
+    sinks = as_array(sinks, "sinks")
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must be a float array, got {sinks.dtype}.")
+    if sinks.shape != heads:
+        raise ValueError(f"sinks must have one logit per query head, shape {heads}, got {sinks.shape}.")
+    return sinks[None].astype(jnp.promote_types(sinks.dtype, jnp.float32))
 
 
 def jax_request(
@@ -336,15 +397,7 @@ def jax_request(
         parts.append(QueryLengths(lengths))
     if (lengths := _lengths(key_value_seq_lengths, "key_value_seq_lengths")) is not None:
         parts.append(KeyLengths(lengths))
-    if softcap is not None and not (softcap := _number(softcap, "softcap")) > 0:
-        raise ValueError(f"softcap must be positive (None = no cap), got {softcap}.")
-    if sinks is not None:
-        sinks = as_array(sinks, "sinks")
-        if not jnp.issubdtype(sinks.dtype, jnp.floating):
-            raise TypeError(f"sinks must be a float array, got {sinks.dtype}.")
-        if sinks.shape != q.shape[-2:-1]:
-            raise ValueError(f"sinks must have one logit per query head, shape {q.shape[-2:-1]}, got {sinks.shape}.")
-        sinks = sinks[None].astype(jnp.promote_types(sinks.dtype, jnp.float32))
+    softcap, sinks = _softcap(softcap), _sinks(sinks, q.shape[-2:-1])
     request = _request(
         q, k, v, layout="BLHE", enable_gqa=True, mask=And(tuple(parts)) if parts else None, mask_name="mask or bias",
         allowed=_implementation(implementation), scale=scale, dropout_p=dropout_p, dropout_rng=dropout_rng, softcap=softcap,

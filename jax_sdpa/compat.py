@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax._src import dispatch as _dispatch
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX's cuDNN attention: the backward from (out, lse) is not public
+from jax._src.mesh import get_concrete_mesh
+from jax._src.sharding_impls import GSPMDSharding
 from jax.core import ShapedArray
 from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
 __all__ = [
     "JAX_VERSION",
+    "batch_over",
     "cudnn_attention",
     "cudnn_attention_backward",
     "cudnn_version",
@@ -26,6 +30,7 @@ __all__ = [
     "needs_devices",
     "typed_like",
     "vary_together",
+    "whole",
     "without_mesh",
     "x64_enabled",
     "zero_tangent",
@@ -64,12 +69,40 @@ def typed_like(aval: Any, dims: Sequence[int | None], shape: tuple[Any, ...], dt
     return ShapedArray(shape, dtype, sharding=aval.sharding.update(spec=spec), manual_axis_type=aval.manual_axis_type)
 
 
+def batch_over(x: Any, axes: tuple[str, ...]) -> Any:
+    """x with its first dim divided among mesh axes, the others as XLA likes: where a mesh that has them is set (`jax.set_mesh`) and
+    leaves them to XLA. Inside a `shard_map` over them there is nothing left to divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(axes) <= set(mesh.auto_axes):
+        return x
+    spec = PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def lower_untyped(program: Any, ctx: Any, *args: Any) -> Any:
     """Lower `program` as if there were no mesh: its loops' first values need not vary as its operands do, nor be sharded as they
     are. What varies and what is sharded is said by the avals of the primitive around it. Nor does the caller's ban on rank
     promotion, which is about the caller's own code, hold inside."""
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    return mlir.lower_fun(without_mesh(program), multiple_results=True)(ctx.replace(avals_in=plain), *args)
+    ctx = _told_of_mesh(ctx.replace(avals_in=plain))
+    return mlir.lower_fun(without_mesh(program), multiple_results=True)(ctx, *args)
+
+
+def _told_of_mesh(ctx: Any) -> Any:
+    """ctx with the mesh of `jax.set_mesh` where no operand of the whole program names one: `custom_partitioning` would know no
+    sharding by name then."""
+    module, mesh = ctx.module_context, get_concrete_mesh()
+    context = module.axis_context
+    if not may_partition(ctx) or context.abstract_mesh is not None or mesh.empty:
+        return ctx
+    if tuple(context.device_assignment) != tuple(mesh.devices.flat):
+        return ctx
+    return ctx.replace(module_context=module.replace(axis_context=dataclasses.replace(context, abstract_mesh=mesh.abstract_mesh)))
+
+
+def whole(sharding: Any) -> Any:
+    """The sharding of an array that is whole on each of the devices of another's."""
+    return GSPMDSharding.get_replicated(sharding._device_assignment)
 
 
 def without_mesh(program: Any) -> Any:

@@ -21,6 +21,9 @@ Limits, by intent: two rows of a head share `a` with a chance of 2**-31 a pair, 
 heads share the sequence c with a chance of 2**-32, under different a and b. Neither is visible in a mask's statistics.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +80,63 @@ def seeds(key, batch, heads, *, batch_offset=0, head_offset=0):
     k = _threefry2x32_jit(*k, jnp.asarray(_U(_TAG)), jnp.asarray(_U(DROPOUT_VERSION)))
     b, h = jnp.broadcast_arrays(_indices(batch_offset, batch)[:, None], _indices(head_offset, heads)[None, :])
     return jnp.stack(_threefry2x32_jit(*k, b, h), axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyAt:
+    """A JAX key for a call that is a part of a larger one, with where the part begins in it: see `at`."""
+
+    key: jax.Array
+    batch: Any = 0
+    head: Any = 0
+    query_position: Any = 0
+    key_position: Any = 0
+
+    def seeds(self, batch: int, heads: int) -> jax.Array:
+        """`seeds` of the part, `seeds_at` its positions."""
+        own = seeds(self.key, batch, heads, batch_offset=self.batch, head_offset=self.head)
+        begins = self.query_position, self.key_position
+        return own if all(isinstance(n, int) and n == 0 for n in begins) else seeds_at(own, *begins)
+
+
+def at(key, *, batch=0, head=0, query_position=0, key_position=0):
+    """A `dropout_rng` for a part of a larger call: it drops what the larger call drops there.
+
+    Args:
+        key: the larger call's JAX key.
+        batch, head, query_position, key_position: which batch entry, query head, query and key position of the larger call the
+            part's first ones are; integers, or traced scalars, as in a manual `shard_map`:
+
+            dropout_rng=at(key, batch=jax.lax.axis_index("data") * B_local, head=jax.lax.axis_index("tensor") * Hq_local)
+
+    Under plain `jit`, whatever the sharding, and in `jax_sdpa.sharding` nothing is to be said: there the call is whole.
+
+    Raises:
+        TypeError: `key` is itself at some place.
+
+    >>> from jax_sdpa import scaled_dot_product_attention as sdpa
+    >>> q, key = jnp.ones((2, 3, 4, 8)), jax.random.key(0)
+    >>> whole = sdpa(q, q, q, dropout_p=0.5, dropout_rng=key)
+    >>> part = sdpa(q[1:], q[1:], q[1:], dropout_p=0.5, dropout_rng=at(key, batch=1))
+    >>> bool((part == whole[1:]).all())
+    True
+    """
+    if isinstance(key, KeyAt):
+        raise TypeError("key must be a JAX key, got one that is at some place already: add up the offsets.")
+    return KeyAt(key, batch, head, query_position, key_position)
+
+
+def seeds_at(seeds, q_offset, k_offset):
+    """The seeds of a part of a call, whose queries count from q_offset and whose keys from k_offset: four words for each head.
+
+    seeds: uint32 (..., 2); the offsets may be traced scalars. Whoever is given four words adds the last two to his indices.
+
+    >>> seeds_at(jnp.zeros((1, 1, 2), jnp.uint32), 256, 512).tolist()
+    [[[0, 0, 256, 512]]]
+    """
+    offsets = jnp.stack([jnp.asarray(offset).astype(_U) for offset in (q_offset, k_offset)])
+    return jnp.concatenate([seeds, jnp.broadcast_to(offsets, (*seeds.shape[:-1], 2))], axis=-1)
 
 
 def threshold(p):
@@ -160,13 +220,17 @@ def keep(seed0, seed1, q_idx, k_idx, p):
 def keep_block(seeds, q_start, q_len, k_start, k_len, p):
     """A block of the mask for XLA: `keep_block(...)[b, h, i, j] = keep(*seeds[b, h], q_start + i, k_start + j, p)`.
 
-    seeds: uint32 (..., 2); the starts may be traced, the lengths are static. Returns bool (..., q_len, k_len).
+    seeds: uint32 (..., 2), or (..., 4) of `seeds_at`; the starts may be traced, the lengths are static. Returns bool
+    (..., q_len, k_len).
 
     >>> keep_block(seeds(jax.random.key(0), 2, 3), 0, 4, 128, 5, 0.1).shape
     (2, 3, 4, 5)
     """
     s0, s1 = seeds[..., 0, None], seeds[..., 1, None]
-    words = *query_words(s0, s1, _indices(q_start, q_len)), key_words(s1, _indices(k_start, k_len))
+    q_idx, k_idx = _indices(q_start, q_len), _indices(k_start, k_len)
+    if seeds.shape[-1] == 4:
+        q_idx, k_idx = q_idx + seeds[..., 2, None], k_idx + seeds[..., 3, None]
+    words = *query_words(s0, s1, q_idx), key_words(s1, k_idx)
     a, b, c = jax.lax.optimization_barrier(words)  # else XLA fuses the words' making into each of the q_len * k_len elements
     return keep_words(a[..., :, None], b[..., :, None], c[..., None, :], p)
 

@@ -65,7 +65,8 @@ def scaled_dot_product_attention(
         is_causal: upper-left triangle, k <= q, for any L and S. With `attn_mask` it is an error.
         scale: a number, or a scalar array (may be traced, has a gradient).
         enable_gqa: query head h attends with key/value head h // (Hq / H); nothing is repeated in memory.
-        dropout_rng: a JAX key; needed where dropout_p > 0. The same key gives the same mask on every backend.
+        dropout_rng: a JAX key; needed where dropout_p > 0. The same key gives the same mask on every backend, and on any mesh
+            under plain `jit`; in a manual `shard_map` say where the part begins (`jax_sdpa.dropout.at`).
 
     Returns:
         (..., Hq, L, Ev) in the query's dtype. float16 and bfloat16 are computed in float32 and rounded once.
@@ -166,8 +167,8 @@ def dot_product_attention(
 _REQUESTS = {scaled_dot_product_attention: check.torch_request, dot_product_attention: check.jax_request}
 
 
-def _request_of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> SdpaRequest:
-    """The request, all shapes, that `call(*args, **kwargs)` would make."""
+def request_of(check_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `check_call(*args, **kwargs)`, one of `check`'s, makes, with shapes in place of arrays; of these, or of shapes."""
 
     def shape_only(leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
@@ -175,10 +176,10 @@ def _request_of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = [leaf for leaf in leaves if shape_only(leaf)]
 
-    def make(arrays: list[jax.Array]) -> SdpaRequest:
+    def make(arrays: list[jax.Array]) -> Any:
         given = iter(arrays)
         args, kwargs = jax.tree.unflatten(treedef, [next(given) if shape_only(leaf) else leaf for leaf in leaves])
-        return _REQUESTS[call](*args, **kwargs)[0]
+        return check_call(*args, **kwargs)
 
     return jax.eval_shape(make, arrays)
 
@@ -211,7 +212,7 @@ def explain(
     >>> print(explain(q, q, q, is_causal=True, device="cpu").backend.name)
     EFFICIENT_ATTENTION
     """
-    request = _request_of(call, args, kwargs)
+    request = request_of(lambda *args, **kwargs: _REQUESTS[call](*args, **kwargs)[0], args, kwargs)
     if grad:
         request = request.with_spec(wrt=tuple(name for name in DIFFERENTIABLE if getattr(request, name) is not None))
     return dispatch.choose(request, devices.default() if device is None else devices.parse(device))

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_sdpa import compat, sharding
+from jax_sdpa import compat, partition
 from jax_sdpa.device import PLATFORMS, Device, target
 from jax_sdpa.dispatch import implementation_for
 from jax_sdpa.implementations import DEFINITION
@@ -84,16 +84,16 @@ def _cotangent_avals(request: SdpaRequest, *rest: Any, wrt: tuple[str, ...], **p
 
 
 def _out_labels(request: SdpaRequest, **params: Any) -> list[str]:
-    return list(sharding.out_labels(request))
+    return list(partition.out_labels(request))
 
 
 def _cotangent_labels(request: SdpaRequest, wrt: tuple[str, ...], **params: Any) -> list[str]:
-    return [getattr(sharding.request_labels(request), name) for name in wrt]
+    return [getattr(partition.request_labels(request), name) for name in wrt]
 
 
 def _operand_labels(request: SdpaRequest, wrt: tuple[str, ...] | None = None, has_ct: tuple[bool, ...] | None = None) -> list[str]:
     """Labels of all operands of the primitive that has these parameters: request, out and lse, then tangents or cotangents."""
-    labels = jax.tree.leaves(sharding.request_labels(request))
+    labels = jax.tree.leaves(partition.request_labels(request))
     if wrt is None:
         return labels
     outs = _out_labels(request)
@@ -129,9 +129,11 @@ def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]], labels
                 with jax.named_scope(f"{name}_{implementation.backend.name.lower()}"):
                     return evaluate(implementation, request, *rest, **params)
 
-            if implementation.needs_partitioning and compat.may_partition(ctx):
+            # grouped heads that are cut into more parts than there are key/value heads: XLA alone gathers them, in MATH too
+            if compat.may_partition(ctx) and (implementation.needs_partitioning or request.q_heads != request.kv_heads):
                 operands, results = _operand_labels(request, **params), labels(request, **params)
-                program = sharding.partitioned(program, request, operands, results)
+                identity = repr((name, implementation.backend.name, str(device(request)), treedef, sorted(params.items())))
+                program = partition.partitioned(program, request, operands, results, identity)
             return compat.lower_untyped(program, ctx, *args)
 
         return rule
@@ -208,7 +210,10 @@ def _unfold(x: jax.Array, n: Any) -> jax.Array:
     return jnp.reshape(x, (n, x.shape[0] // n, *x.shape[1:]))
 
 
-def _batch_rule(primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, **params: Any) -> Any:
+def _batch_rule(primitive: Primitive, axis: Any, args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, **params: Any) -> Any:
+    if all(d is None for d in dims):
+        results = primitive.bind(*args, treedef=treedef, **params)
+        return results, [None] * len(results)
     n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     shapes = [x.shape if d is None else x.shape[:d] + x.shape[d + 1 :] for x, d in zip(args, dims, strict=True)]
     positions, others = _split(range(len(args)), treedef)
@@ -224,6 +229,8 @@ def _batch_rule(primitive: Primitive, args: Sequence[Any], dims: Sequence[Any], 
         for i in (*(getattr(positions, name) for name in wrt), *others[2:]):
             full[i] = True
     folded = [_fold(x, d, n, batch, f) for x, d, f in zip(args, dims, full, strict=True)]
+    if axis.spmd_name is not None:  # `vmap(spmd_axis_name=…)`: the mapped entries lie on that mesh axis, so the folded batch does
+        folded = [compat.batch_over(x, axis.spmd_name) if f else x for x, f in zip(folded, full, strict=True)]
     results = [_unfold(x, n) for x in primitive.bind(*folded, treedef=treedef, **params)]
     if primitive is backward_p:
         shared = [shapes[getattr(positions, name)][0] != batch for name in wrt]
@@ -240,7 +247,19 @@ ad.primitive_jvps[tangent_p] = _by_definition(_evaluate_tangent)
 ad.primitive_jvps[backward_p] = _by_definition(_evaluate_backward)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 for _primitive in (forward_p, tangent_p, backward_p):
-    batching.primitive_batchers[_primitive] = functools.partial(_batch_rule, _primitive)
+    batching.fancy_primitive_batchers[_primitive] = functools.partial(_batch_rule, _primitive)
+
+
+def pull_back(
+    request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None, wrt: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """The cotangents of the operands named in `wrt`, from the forward's results; with `request.spec.part` these, and their
+    cotangents, are those of a softmax over more keys than the request's."""
+    leaves, treedef = jax.tree.flatten(request)
+    cts = [dout] if dlse is None else [dout, dlse]
+    operands = compat.vary_together([*leaves, out, lse, *cts])
+    found = backward_p.bind(*operands, treedef=treedef, wrt=wrt, has_ct=(True, dlse is not None))
+    return dict(zip(wrt, found, strict=True))
 
 
 def attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:

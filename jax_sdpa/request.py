@@ -32,6 +32,7 @@ class SdpaSpec:
     returns_lse: bool = False  # the caller asked for lse, so it may get a cotangent
     device: str | None = None  # an assumed device
     wrt: tuple[str, ...] = ()  # the operands that are being differentiated: a backend must be able to
+    part: bool = False  # of the keys of a softmax: out and lse in the backward are those of all its keys
     static_loops: bool = False  # loops with static bounds only: those are reverse-differentiable
 
 
@@ -42,7 +43,7 @@ class SdpaRequest:
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) for layout 'BHLE', with heads behind lengths for 'BLHE';
     bias, float, and keep_mask, bool (B|1, Hq|1, L|1, S|1); masks, structured ones with (B|1, …) arrays; scale (B|1,);
-    sinks (B|1, Hq); dropout_seeds uint32 (B|1, Hq|1, 2). What is absent is None.
+    sinks (B|1, Hq); dropout_seeds uint32 (B|1, Hq|1, 2), or 4 (`dropout.seeds_at`). What is absent is None.
     """
 
     query: Any

@@ -71,7 +71,8 @@ def forward(
             or bfloat16; no size is 0, E and Ev at most 256, H divides Hq.
         scale: a finite number, or a float32 array (1|B,). softcap: positive, or None.
         mask: a `contracts.Mask` with arrays (1|B, ...), or None. bias, float, and keep, bool: (B|1, Hq|1, L|1, S|1).
-        sinks: (B|1, Hq). seeds: uint32 (B|1, Hq|1, 2), with dropout_p > 0 and the generator of the bits.
+        sinks: (B|1, Hq). seeds: uint32 (B|1, Hq|1, 2), or 4 with the positions of the first query and key; with dropout_p > 0
+            and the generator of the bits.
         config: how to cut the work; None: `tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
 
     Keys that the mask hides may hold anything, and so may the values that it hides from every query, by numbers and with no `keep`

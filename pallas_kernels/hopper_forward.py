@@ -246,7 +246,7 @@ def forward(
         if shape.sinks:
             more.append(sinks.astype(jnp.float32))
         if recipe.drops:
-            more.append(jnp.broadcast_to(seeds, (B, Hq, 2)))
+            more.append(jnp.broadcast_to(seeds, (B, Hq, seeds.shape[-1])))
         if shape.scale is None:
             more.append(scale.astype(jnp.float32))
         out, lse = call(query, key, value, *mask_arrays, *more)

@@ -32,11 +32,11 @@ class GradientRows(Rows):
         """The decisions of dropout. query_words: of the columns, as tiles, where those are queries; else of the rows, `words`."""
         generator, seed, p = self.recipe.generator, self.refs.seeds[self.b, self.h, 1], self.recipe.shape.dropout_p
         if query_words is not None:
-            key_words = generator.key_words(seed, self.row_indices())
+            key_words = generator.key_words(seed, self.dropout_position(self.row_indices(), 1))
             return generator.keep_words(*query_words, lax.broadcast_in_dim(key_words, self._tile, [0]), p)
         a, b = (lax.broadcast_in_dim(word, self._tile, [0]) for word in self.words)
         here, k = self._columns(t)
-        return generator.keep_words(a, b, generator.key_words(seed, here + k), p)
+        return generator.keep_words(a, b, generator.key_words(seed, self.dropout_position(here + k, 1)), p)
 
     def probabilities(
         self,

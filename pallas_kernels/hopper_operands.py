@@ -43,7 +43,10 @@ def row_numbers(lse: jax.Array, delta: jax.Array, length: int, row_sum: jax.Arra
 
 def query_words(generator: Any, seeds: jax.Array, length: int) -> jax.Array:
     """(B, Hq, 2, length) uint32: dropout's words of every query; Threefry in a loop over query tiles would be dear."""
-    words = generator.query_words(seeds[..., 0, None], seeds[..., 1, None], jnp.arange(length, dtype=jnp.uint32))
+    queries = jnp.arange(length, dtype=jnp.uint32)
+    if seeds.shape[-1] == 4:
+        queries = queries + seeds[..., 2, None]
+    words = generator.query_words(seeds[..., 0, None], seeds[..., 1, None], queries)
     return jnp.stack(words, axis=2)
 
 
@@ -105,7 +108,7 @@ class Operands:
             given["bias"] = dense.lay_out(bias, config.rows, config.block_k)
             kind = BiasFacts(kind, bias.dtype, bias.shape[2:])
         if shape.dropout_p > 0:
-            given["seeds"] = jnp.broadcast_to(seeds, (shape.batch, shape.q_heads, 2))
+            given["seeds"] = jnp.broadcast_to(seeds, (shape.batch, shape.q_heads, seeds.shape[-1]))
         if shape.scale is None:
             given["scale"] = scale.astype(jnp.float32)
         names = (*("mask" for _ in arrays), *given)

@@ -202,8 +202,13 @@ class Rows:
         rows = cls.placed(recipe, refs, b, h, tile, wg)
         if not recipe.drops:
             return rows
-        words = recipe.generator.query_words(refs.seeds[b, h, 0], refs.seeds[b, h, 1], rows.row_indices())
+        words = recipe.generator.query_words(refs.seeds[b, h, 0], refs.seeds[b, h, 1], rows.dropout_position(rows.row_indices(), 0))
         return dataclasses.replace(rows, words=words)
+
+    def dropout_position(self, index: Any, of_keys: int) -> Any:
+        """Where dropout counts an index of a query, or of a key, from: its own seeds say so where this is a part of a call."""
+        seeds = self.refs.seeds
+        return index if seeds.shape[-1] == 2 else index.astype(jnp.uint32) + seeds[self.b, self.h, 2 + of_keys]
 
     def row_indices(self) -> Any:
         return plgpu.broadcasted_iota(jnp.int32, (self.recipe.config.block_q,), 0, layout=ROW) + self.base
@@ -321,7 +326,7 @@ class Rows:
         if recipe.drops:
             a, c = self.words
             here, k = self._columns(t)
-            key_words = generator.key_words(refs.seeds[self.b, self.h, 1], here + k)
+            key_words = generator.key_words(refs.seeds[self.b, self.h, 1], self.dropout_position(here + k, 1))
             kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
             # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
             p = lax.optimization_barrier(jnp.where(kept, p, 0.0))

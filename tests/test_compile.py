@@ -235,3 +235,70 @@ print("sharded as given")
 @pytest.mark.slow
 def test_on_two_gpus_batch_and_heads_stay_sharded_and_nothing_is_gathered(tmp_path):
     assert "sharded as given" in run(tmp_path, TWO_GPUS)
+
+
+RING = """
+import re
+from jax_sdpa.sharding import context_parallel_attention
+
+mesh, kind = mesh_of(2), sys.argv[2]
+options = {"order": "zigzag"} if kind == "zigzag" else {}
+options |= dict(dropout_p=0.1, dropout_rng=jax.random.key(0)) if kind == "dropout" else {}
+
+def call(q, k, v):
+    return context_parallel_attention(
+        q, k, v, is_causal=True, enable_gqa=True, mesh=mesh, axis_name="x", method="ring", **options
+    )
+
+def step(q, k, v, dout):
+    out, pullback = jax.vjp(call, q, k, v)
+    return out, *pullback(dout)
+
+spec = PartitionSpec(None, None, "x")
+q, kv = (jax.ShapeDtypeStruct((1, heads, 4096, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for heads in (8, 4))
+with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    program = jax.jit(step).lower(q, kv, kv, q).compile()
+assert all(sharding.spec == spec for sharding in program.output_shardings)
+lines = program.as_text().splitlines()
+kernel = lambda line: "custom-call(" in line and "mosaic_gpu" in line
+first = next(n for n, line in enumerate(lines) if "collective-permute-start(" in line)
+done = next(n for n, line in enumerate(lines) if n > first and "collective-permute-done(" in line)
+print("kernels", sum(map(kernel, lines)), "meanwhile", sum(map(kernel, lines[first:done])))
+moves = {re.sub("-(start|done)$", "", m) for line in lines for m in re.findall(r"(all-\\w+|reduce-scatter|collective-\\S+?)\\(", line)}
+print("moves", sorted(moves))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kernels"), [("causal", 6), ("zigzag", 18), ("dropout", 6)])
+def test_a_ring_over_two_gpus_permutes_while_its_kernels_run(kind, kernels, tmp_path):
+    """Forward and backward: three kernels a visit that is not empty, no collective but permutes, the first one behind a kernel."""
+    text = run(tmp_path, RING, kind)
+    assert "moves ['collective-permute']" in text
+    found, meanwhile = map(int, re.findall(r"kernels (\d+) meanwhile (\d+)", text)[0])
+    assert found == kernels
+    assert meanwhile >= 1
+
+
+REMAT = """
+from jax_sdpa.remat import save_attention
+
+mesh = mesh_of(2)
+q = jax.ShapeDtypeStruct((4, 8, 512, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("x")))
+
+def block(q):
+    return jnp.sin(jax_sdpa.scaled_dot_product_attention(jnp.sin(q), q, q, is_causal=True)).astype(jnp.float32).sum()
+
+for name, policy in (("saved", save_attention), ("recomputed", None)):
+    with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        program = jax.jit(jax.value_and_grad(jax.checkpoint(block, policy=policy))).lower(q).compile()
+    print(name, sum("custom-call(" in line and "mosaic_gpu" in line for line in program.as_text().splitlines()))
+"""
+
+
+@pytest.mark.slow
+def test_saved_names_leave_one_forward_kernel_in_the_program(tmp_path):
+    """Two kernels are the backward's; without the policy the forward runs again."""
+    text = run(tmp_path, REMAT)
+    assert "saved 3" in text
+    assert "recomputed 4" in text

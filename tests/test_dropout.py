@@ -111,6 +111,19 @@ def test_offsets_are_global_coordinates():
     assert np.unique(np.asarray(whole).reshape(-1, 2), axis=0).shape == (24, 2)
 
 
+def test_a_part_of_a_call_drops_what_the_call_drops_there():
+    """Four words: two seeds, and where the part's queries and keys begin; by `at` for those who cut a call themselves."""
+    whole = dropout.seeds(KEY, 4, 6)
+    block = jax.jit(dropout.keep_block, static_argnums=(2, 4, 5))
+    bits = block(whole, 0, 64, 0, 96, 0.4)
+    np.testing.assert_array_equal(block(dropout.seeds_at(whole, 24, jnp.int32(40)), 3, 20, 5, 30, 0.4), bits[..., 27:47, 45:75])
+    placed = dropout.at(KEY, batch=2, head=jnp.int32(3), query_position=24, key_position=40)
+    np.testing.assert_array_equal(block(placed.seeds(2, 3), 0, 40, 0, 56, 0.4), bits[2:, 3:, 24:, 40:])
+    assert dropout.at(KEY, batch=2).seeds(2, 3).shape == (2, 3, 2)  # nothing moved: the kernels' two words
+    with pytest.raises(TypeError, match="add up the offsets"):
+        dropout.at(placed, batch=1)
+
+
 def test_x64_changes_nothing():
     def everything():
         seeds = dropout.seeds(jax.random.key(2026), 2, 2)

@@ -1,4 +1,8 @@
-"""`jax.export`: one artefact for CPU and CUDA, symbolic batch and lengths, and a round trip through its bytes."""
+"""Programs that outlive their process: `jax.export`, compiled ahead of time, in the persistent cache; and a donated operand."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +10,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from jax_sdpa import dot_product_attention, explain, scaled_dot_product_attention
+from jax_sdpa import compat, dot_product_attention, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, sliding_window
 from jax_sdpa.device import assume_device
@@ -121,3 +125,100 @@ def test_a_symbolic_length_counts_as_long_and_is_refused_with_a_reason():
     assert choice.backend is SDPBackend.EFFICIENT_ATTENTION
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         assert any("symbolic" in reason for reason in choice.rejected[backend])
+
+
+RUN_ARTEFACT = """
+import sys, jax, numpy as np
+from jax import export
+exported = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+given = np.load(sys.argv[2])
+out = exported.call(*(jax.numpy.asarray(given[name]) for name in sorted(given)))
+np.save(sys.argv[3], np.asarray(out, np.float32))
+print(exported.platforms, "jax_sdpa" in sys.modules)
+"""
+
+
+def in_a_fresh_process(code, *arguments, **environment):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_flash_for_cuda_and_the_cpus_backend_in_one_artefact_run_by_a_process_without_us(tmp_path):
+    """The default choice: the kernel's machine code for CUDA lies beside the CPU's program, and needs nothing of ours to run."""
+    q, k = normal(1, 4, 64, 64), normal(1, 2, 64, 64)
+
+    def call(k, q):
+        q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
+        return sdpa(q, k, k, causal() & KeyLengths(jnp.array([50])), enable_gqa=True).astype(jnp.float32)
+
+    with assume_device("cuda:sm90"):
+        both = export.export(jax.jit(call), platforms=("cpu", "cuda"))(k, q)
+        cuda = export.export(jax.jit(call), platforms=("cuda",))(k, q)
+    has_kernels = compat.JAX_VERSION >= (0, 11, 2)
+    assert ("mosaic_gpu" in both.mlir_module()) == has_kernels
+    assert ("mosaic_gpu" in cuda.mlir_module()) == has_kernels
+    assert export.deserialize(cuda.serialize()).platforms == ("cuda",)
+    (tmp_path / "artefact").write_bytes(both.serialize())
+    np.savez(tmp_path / "given.npz", k=k, q=q)
+    told = in_a_fresh_process(RUN_ARTEFACT, tmp_path / "artefact", tmp_path / "given.npz", tmp_path / "out.npy")
+    assert told.split() == ["('cpu',", "'cuda')", "False"]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), call(k, q), atol=2e-2)
+
+
+def test_compiled_ahead_of_time_and_with_a_donated_operand(backend):
+    """A residual block whose input's memory becomes its output's: donated without a warning, and gone."""
+    x, w = normal(2, 4, 64, 16), normal(16, 16)
+
+    def block(x, w):
+        return x + sdpa(x @ w, x, x, is_causal=True)
+
+    with sdpa_kernel(backend):
+        wanted = jax.jit(block)(x, w)
+        like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, w)]
+        compiled = jax.jit(block, donate_argnums=0).lower(*like).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == x.nbytes
+    np.testing.assert_allclose(compiled(x, w), wanted, rtol=1e-5, atol=1e-5)
+    assert x.is_deleted()
+    assert not w.is_deleted()
+
+
+CACHED = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax, jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax_sdpa import scaled_dot_product_attention as sdpa
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
+from jax_sdpa.attention.bias import causal
+from jax_sdpa.sharding import context_parallel_attention
+
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+seen = []
+jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rsplit("/", 1)[-1]))
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+q = jax.device_put(np.ones((4, 2, 64, 8), np.float32), NamedSharding(mesh, P("a", "b")))
+ring = lambda q: context_parallel_attention(q, q, q, causal(), mesh=mesh, axis_name="a", method="ring")
+with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+    calls = {"one": (lambda q: sdpa(q, q, q, causal()), np.ones((4, 2, 64, 8), np.float32)), "mesh": (lambda q: sdpa(q, q, q, causal()), q), "ring": (ring, q), "scale": (lambda q: sdpa(q, q, q, causal(), scale=float(sys.argv[2])), q)}
+    for name, (call, x) in calls.items():
+        program = jax.jit(jax.grad(lambda q: call(q).sum())).lower(x)
+        seen.clear()
+        program.compile()
+        print(name, seen.count("cache_hits"), seen.count("cache_misses"))
+"""
+
+
+def test_the_persistent_compilation_cache_hits(tmp_path):
+    """On one device, on a mesh and around a ring: a second process compiles nothing. On a mesh JAX wants to be told that the
+    partitioning rule is the same (a flag); what is another program all the same, by its scale alone, is no hit."""
+    first, second = (in_a_fresh_process(CACHED, tmp_path / "cache", scale, XLA_FLAGS="").splitlines() for scale in (1.0, 2.0))
+    assert first == ["one 0 1", "mesh 0 1", "ring 0 1", "scale 0 1"]
+    assert second == ["one 1 0", "mesh 1 0", "ring 1 0", "scale 0 1"]

@@ -1,5 +1,7 @@
 """FLASH_ATTENTION behind the public functions: the suite's cases through the kernel, interpreted here and compiled on a GPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,13 @@ from harness import dropped, make, on_jax
 from oracle import band, check, lengths, solve
 
 from jax_sdpa import check as checks
-from jax_sdpa import compat, dot_product_attention, explain, scaled_dot_product_attention
+from jax_sdpa import compat, dot_product_attention, dropout, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, QueryLengths, SegmentIds, causal, causal_lower_right, sliding_window
 from jax_sdpa.implementations.flash import Flash
 from jax_sdpa.masks import as_mask
 from jax_sdpa.request import DIFFERENTIABLE
+from jax_sdpa.sharding import merge
 
 FLASH = SDPBackend.FLASH_ATTENTION
 needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
@@ -84,6 +87,49 @@ def _in_half(name, dtype):
     if problem.bias is not None:
         problem = problem.but(bias=problem.bias.astype(np.float32))
     return problem, mask, options
+
+
+@needs_mosaic
+def test_a_part_of_a_call_with_dropout_interpreted():
+    """The kernels, forward and both of the backward, count queries and keys from where the part begins in the whole call."""
+    key, p, q0, k0 = jax.random.key(1), 0.3, 37, 70
+    survivors = dropped(key, 2, 2, 136 + q0, 200 + k0, p)[:, :, q0:, k0:]
+    problem = make(136, 200, Hq=2, Hk=1, E=64, keep=lengths(136, 200, [180, 0]), survivors=survivors).rounded("bfloat16")
+    placed = dropout.at(key, query_position=q0, key_position=jnp.int32(k0))
+    check(problem, interpreted(problem, KeyLengths(jnp.array([180, 0])), gradients=True, dropout_p=p, dropout_rng=placed))
+
+
+@needs_mosaic
+def test_two_parts_of_the_keys_merged_and_their_gradients_interpreted():
+    """What a ring over two devices asks of the kernels: parts by a moved mask, merged by lse, and a backward of each part from the
+    whole call's out and lse. With a bias, whose rows of large numbers come less their largest."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    L, S, cut = 72, 208, 128
+    bias = np.random.default_rng(2).standard_normal((2, 2, L, S)).astype(np.float32) + 300 * (np.arange(L) % 3)[:, None]
+    problem = make(L, S, Hq=2, Hk=1, E=64, bias=bias, keep=band(L, S, -1, 0, 130)).rounded("bfloat16")
+    problem = problem.but(bias=bias)
+    q, k, v = (jnp.asarray(getattr(problem, name)) for name in ("query", "key", "value"))
+    flash = Flash(interpret=plgpu.InterpretGPUParams())
+    request, _ = checks.torch_request(q, k, v, causal(130) & jnp.asarray(bias), enable_gqa=True)
+    top = merge.largest(request.bias)
+    parts = [
+        dataclasses.replace(
+            request, key=k[:, :, at], value=v[:, :, at], bias=request.bias[..., at] - top,
+            masks=tuple(mask.seen_from(0, at.start) for mask in request.masks),
+        ).with_spec(part=True)
+        for at in (slice(0, cut), slice(cut, S))
+    ]  # fmt: skip
+    state = merge.nothing(request)
+    for part in parts:
+        state = merge.merged(state, jax.jit(flash.run)(part), 1)
+    out, lse = state[0].astype(jnp.bfloat16), state[1]
+    wrt = ("query", "key", "value", "bias")
+    backward = jax.jit(flash.backward, static_argnames="wrt")
+    found = [backward(part, out, lse, jnp.asarray(problem.dout), None, wrt=wrt) for part in parts]
+    got = {"out": out, "query": sum(x["query"].astype(jnp.float32) for x in found)}
+    got |= {name: jnp.concatenate([x[name] for x in found], axis) for name, axis in (("key", 2), ("value", 2), ("bias", 3))}
+    check(problem, {name: np.asarray(x.astype(jnp.bfloat16) if name == "query" else x) for name, x in got.items()})
 
 
 @pytest.mark.gpu

@@ -20,8 +20,9 @@ BENEATH = {"request", "masks", "dropout", "errors", "device", "compat", "context
 LAYERS = [
     BENEATH,
     {"implementations"},
-    {"dispatch", "primitive", "sharding"},
-    {"check", "functional", "attention"},
+    {"dispatch", "primitive", "partition"},
+    {"check", "functional", "attention", "remat"},
+    {"sharding"},
     {"nn", "compare", "examples", "backends"},
 ]
 
@@ -119,6 +120,8 @@ PUBLIC = {
         *(f"can_use_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         "SDPAParams", "is_flash_attention_available", "allow_fp16_bf16_reduction_math_sdp",
     },
+    "jax_sdpa.sharding": {"context_parallel_attention", "explain_context_parallel", "Plan", "to_zigzag", "from_zigzag"},
+    "jax_sdpa.remat": {"save_attention"},
     "jax_sdpa.nn": {"Attention", "AttentionFn", "KVCache", "MeshAxes", "Rope", "attention_fn", "positions_in_segments"},
 }  # fmt: skip
 
@@ -198,6 +201,9 @@ def test_docstring_examples_hold():
         "jax_sdpa.attention.bias",
         "jax_sdpa.device",
         "jax_sdpa.dropout",
+        "jax_sdpa.remat",
+        "jax_sdpa.sharding",
+        "jax_sdpa.sharding.zigzag",
         "jax_sdpa.backends.cuda",
     ):
         results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

@@ -146,6 +146,25 @@ def test_ranges_agree_with_keep(data):
     np.testing.assert_array_equal(np.broadcast_to(mask.transposed().materialise(S, L), (S, L)), keep.T)
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_part_of_a_call_sees_what_the_call_keeps_there(data):
+    """`seen_from`, with ids cut to the part; places as ints and traced."""
+    L, S = data.draw(ints(1, 12)), data.draw(ints(1, 14))
+    mask = data.draw(st.composite(draw_mask)(L, S))
+    q0, k0 = data.draw(ints(0, L - 1)), data.draw(ints(0, S - 1))
+    keep = np.broadcast_to(np.asarray(mask.materialise(L, S)), (L, S))[q0:, k0:]
+
+    def cut(mask):
+        parts = [cut(part) for part in mask.masks] if isinstance(mask, And) else []
+        return And(tuple(parts)) if parts else mask.local(lambda x: x, lambda x: x[..., q0:], lambda x: x[..., k0:])
+
+    part = cut(mask)
+    for places in ((q0, k0), (jnp.int32(q0), jnp.int32(k0))):
+        found = part.seen_from(*places).materialise(L - q0, S - k0)
+        np.testing.assert_array_equal(np.broadcast_to(found, (1, 1, *keep.shape))[0, 0], keep)
+
+
 def test_key_valid_hides_what_nobody_sees():
     """Exactly, for each kind alone: these keys may hold NaN."""
     for mask in (

@@ -10,7 +10,7 @@ from harness import make
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_sdpa import dot_product_attention, scaled_dot_product_attention
+from jax_sdpa import dot_product_attention, dropout, scaled_dot_product_attention
 from jax_sdpa.attention import sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal
 
@@ -157,3 +157,110 @@ def test_a_mesh_in_context_with_explicit_axes(backend):
     with sdpa_kernel(backend):
         wanted = f(q)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=2e-5), got, wanted)
+
+
+MESHES = {"(8)": ((8,), ("b",)), "(2, 4)": ((2, 4), ("b", "h")), "(2, 2, 2)": ((2, 2, 2), ("b", "h", "g"))}
+
+
+def on(shape, names, kind=None):
+    from jax.sharding import AxisType
+
+    devices = jax.devices("cpu")[:8]
+    return jax.make_mesh(shape, names, axis_types=((kind or AxisType.Auto),) * len(names), devices=devices)
+
+
+def grouped(q, k):
+    """Value and gradients of a call with 8 query heads and 2 key/value heads, and dropout."""
+
+    def loss(q, k):
+        out = scaled_dot_product_attention(
+            q, k, k, is_causal=True, enable_gqa=True, dropout_p=0.2, dropout_rng=jax.random.key(1)
+        )  # fmt: skip
+        return jnp.sin(out).sum()
+
+    return jax.value_and_grad(loss, (0, 1))(q, k)
+
+
+@pytest.mark.parametrize("explicit", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["automatic", "explicit"])
+@pytest.mark.parametrize("name", MESHES)
+def test_fewer_key_value_heads_than_devices_are_shared_and_query_heads_stay_divided(name, explicit, backend_of_layers):
+    """Nothing is gathered: a device takes the one head that its queries attend with, and its cotangents are summed over the group."""
+    from jax.sharding import AxisType
+
+    problem = make(40, 40, B=8, Hq=8, Hk=2)
+    q, k = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key))
+    mesh = on(*MESHES[name], AxisType.Explicit if explicit else None)
+    specs = {"(8)": (P(None, "b"), P()), "(2, 4)": (P("b", "h"), P("b")), "(2, 2, 2)": (P("b", ("h", "g")), P("b", "h"))}[name]
+    with sdpa_kernel(backend_of_layers):
+        wanted = jax.jit(grouped)(q, k)
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((q, k), specs, strict=True)]
+            compiled = jax.jit(grouped).lower(*placed).compile()
+            got = compiled(*placed)
+    assert set(collectives(compiled)) <= {"all-reduce"}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=2e-5), got, wanted)
+    for gradient, spec in zip(got[1], specs, strict=True):
+        assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), gradient.sharding
+
+
+def test_vmap_hands_its_mesh_axis_to_the_primitive(backend):
+    """Nothing else says that the mapped entries are divided: operands come whole, the result is divided by the named axis."""
+    mesh, problem = on((2, 4), ("b", "h")), make(20, 20, B=(4, 2), Hq=8)
+    q = jnp.asarray(problem.query, jnp.float32)
+    call = lambda q: scaled_dot_product_attention(q, q, q, is_causal=True)  # noqa: E731
+    with sdpa_kernel(backend):
+        wanted = jax.jit(jax.vmap(call))(q)
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(jax.vmap(call, spmd_axis_name="b")).lower(q).compile()
+            unnamed = jax.jit(jax.vmap(call)).lower(q).compile()
+            got = compiled(q)
+    assert compiled.output_shardings.spec == P("b")
+    assert unnamed.output_shardings.is_fully_replicated
+    assert not collectives(compiled)
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("known", ["set_mesh", "a shard_map's alone"])
+def test_operands_without_a_mesh_in_a_program_for_several_devices(known, backend):
+    """Nothing is divided, and nothing goes wrong: the mesh is known by `set_mesh`, or by no name that attention could see."""
+    mesh, q = on((2, 4), ("b", "h")), jnp.asarray(make(20, 20, B=4, Hq=4).query, jnp.float32)
+
+    def call(q):
+        return scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    def beside(q):
+        return call(q) + jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=P("b"), out_specs=P("b"))(q)
+
+    with sdpa_kernel(backend):
+        wanted = jax.jit(call)(q)
+        if known == "set_mesh":
+            with jax.set_mesh(mesh):
+                np.testing.assert_allclose(jax.jit(call)(q), wanted, atol=2e-5)
+        else:
+            np.testing.assert_allclose(jax.jit(beside)(q) - 2 * q, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("manual", [{"b", "h"}, {"b"}], ids=["manual", "partly manual"])
+def test_dropout_in_a_shard_map_by_offsets(manual, backend_of_layers):
+    """Values and gradients of the whole call, dropout's bits with them, by saying where each device's part begins."""
+    mesh, problem = on((2, 4), ("b", "h")), make(20, 20, B=4, Hq=8)
+    q, k = (jnp.asarray(x, jnp.float32) for x in (problem.query, problem.key))
+    key = jax.random.key(4)
+
+    def call(q, k, rng):
+        return scaled_dot_product_attention(q, k, k, is_causal=True, dropout_p=0.4, dropout_rng=rng)
+
+    def inside(q, k):
+        place = {"batch": jax.lax.axis_index("b") * q.shape[0]}
+        place |= {"head": jax.lax.axis_index("h") * q.shape[1]} if "h" in manual else {}
+        return call(q, k, dropout.at(key, **place))
+
+    spec = P("b", "h") if "h" in manual else P("b")
+    mapped = jax.shard_map(inside, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=manual)
+
+    def step(f):
+        return jax.jit(jax.value_and_grad(lambda q, k: jnp.sin(f(q, k)).sum(), (0, 1)))
+
+    with sdpa_kernel(backend_of_layers):
+        got, wanted = step(mapped)(q, k), step(lambda q, k: call(q, k, key))(q, k)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), got, wanted)

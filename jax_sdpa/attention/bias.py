@@ -70,6 +70,9 @@ class CausalBias(Mask):
     def keep(self, q_idx: Index, k_idx: Index) -> object:
         return self._band.keep(q_idx, k_idx)
 
+    def seen_from(self, q0: Index, k0: Index) -> Band:
+        return self._band.seen_from(q0, k0)
+
     def transposed(self) -> Band:
         return self._band.transposed()
 

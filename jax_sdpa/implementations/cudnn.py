@@ -195,6 +195,8 @@ def _option_reasons(request: SdpaRequest) -> list[str]:
         reasons.append("cuDNN attention drops other weights than the other backends would for the same key.")
     if request.sinks is not None:
         reasons.append("cuDNN attention does not support sinks.")
+    if spec.part:
+        reasons.append("cuDNN attention is not used for a part of the keys: its backward has not been tried there.")
     if spec.softcap is not None:
         reasons.append("cuDNN attention does not support softcap.")
     if spec.scale is None:

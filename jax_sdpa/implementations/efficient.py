@@ -44,7 +44,7 @@ def row_sums(request: SdpaRequest, lse: jax.Array, plan: plans.Plan) -> tuple[ja
     would be 1 for each. Only a float mask makes such rows, and only if the lse of some row is that large is the pass made again.
     """
     ordinary = lse, jnp.ones_like(lse)
-    if request.bias is None:
+    if request.bias is None or request.spec.part:  # whoever takes a softmax apart keeps its lse small (`sharding.ring`)
         return ordinary
     one = dataclasses.replace(request, value=request.value[..., :1], dropout_seeds=None)
     padded = one if plan.whole else pad(one, plan.block_q, plan.block_k)

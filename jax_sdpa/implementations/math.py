@@ -33,6 +33,25 @@ def _dtype(request: SdpaRequest) -> Any:
 
 def probabilities(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     """(softmax(softcap(scale * q @ k.T) + masks), lse): (B, Hq, L, S) and (B, Hq, L), before dropout."""
+    s = logits(request)
+    m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    sinks = None if request.sinks is None else request.sinks[:, :, None, None].astype(s.dtype)
+    if sinks is not None:
+        m = jnp.maximum(m, lax.stop_gradient(sinks))
+    m = jnp.where(jnp.isneginf(m), 0, m)  # a row without keys: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+    p = jnp.exp(s - m)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - m)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    p = p / total
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
+    return p, lse.astype(scores.compute_dtype(request))
+
+
+def logits(request: SdpaRequest) -> jax.Array:
+    """softcap(scale * q @ k.T) + masks, (B, Hq, L, S); -inf for what is hidden."""
     dtype = _dtype(request)
     einsum = partial(jnp.einsum, precision=request.spec.precision)
     b, h, g = request.batch, request.kv_heads, request.group
@@ -52,21 +71,8 @@ def probabilities(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     if (addend := scores.addend(request, *everything, s.dtype)) is not None:
         s = s + addend
     if (kept := scores.kept(request, *everything)) is not None:
-        s = jnp.where(kept, s, -jnp.inf)  # (B, Hq, L, S)
-    m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-    sinks = None if request.sinks is None else request.sinks[:, :, None, None].astype(s.dtype)
-    if sinks is not None:
-        m = jnp.maximum(m, lax.stop_gradient(sinks))
-    m = jnp.where(jnp.isneginf(m), 0, m)  # a row without keys: exp(-inf - 0) = 0, where -inf - -inf would be NaN
-    p = jnp.exp(s - m)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sinks - m)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    p = p / total
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
-    return p, lse.astype(scores.compute_dtype(request))
+        s = jnp.where(kept, s, -jnp.inf)
+    return s
 
 
 def dropped(request: SdpaRequest, p: jax.Array) -> jax.Array:
@@ -84,9 +90,15 @@ def mixture(request: SdpaRequest, p: jax.Array) -> jax.Array:
     return out.reshape(request.out_shape).astype(request.query.dtype)
 
 
-def of_operands(request: SdpaRequest, wrt: tuple[str, ...]) -> Any:
-    """`attention` as a function of the operands named in `wrt` alone."""
-    return lambda *operands: attention(dataclasses.replace(request, **dict(zip(wrt, operands, strict=True))))
+def of_operands(request: SdpaRequest, wrt: tuple[str, ...], function: Any = attention) -> Any:
+    """`attention`, or another function of a request, as one of the operands named in `wrt` alone."""
+    return lambda *operands: function(dataclasses.replace(request, **dict(zip(wrt, operands, strict=True))))
+
+
+def share(request: SdpaRequest, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(p @ v, p.sum(-1)) with p = exp(s - lse), lse given: what these keys add to a softmax over more keys than these."""
+    p = jnp.exp(logits(request) - jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None].astype(_dtype(request)))
+    return mixture(request, dropped(request, p)), p.sum(-1)
 
 
 class Math(Implementation):
@@ -112,8 +124,15 @@ class Math(Implementation):
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
         request = self._clean(request, lse)
-        _, pullback = jax.vjp(of_operands(request, wrt), *(getattr(request, name) for name in wrt))
         dout = jnp.zeros_like(out) if dout is None else scores.existing_only(lse, dout, request.heads_axis)
+        if request.spec.part:  # ds = p * (dp - delta): the cotangents of p @ v and of p.sum(-1) are dout and -delta
+            delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
+            delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
+            delta = delta if dlse is None else delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+            operands = [getattr(request, name) for name in wrt]
+            _, pullback = jax.vjp(of_operands(request, wrt, lambda request: share(request, lse)), *operands)
+            return dict(zip(wrt, pullback((dout, -delta.astype(_dtype(request)))), strict=True))
+        _, pullback = jax.vjp(of_operands(request, wrt), *(getattr(request, name) for name in wrt))
         dlse = jnp.zeros_like(lse) if dlse is None else dlse
         return dict(zip(wrt, pullback((dout, dlse)), strict=True))
 

@@ -33,6 +33,13 @@ def size_if(condition: Any, size: Index) -> Index:
     return jnp.where(condition, np.int32(size) if isinstance(size, int) else jnp.asarray(size, jnp.int32), np.int32(0))
 
 
+def less(x: Any, by: Index) -> Any:
+    """x - by for a number, or a number per batch entry, with a batch dim wherever it is an array."""
+    if isinstance(x, int) and isinstance(by, int):
+        return x - by
+    return (jnp.atleast_1d(jnp.asarray(x, jnp.int32)) - jnp.asarray(by, jnp.int32)).astype(jnp.int32)
+
+
 def spread(x: Any) -> Any:
     """A value per batch entry, (...) -> (..., 1, 1, 1), to stand beside (heads, queries, keys)."""
     return x if isinstance(x, int) or x.ndim == 0 else x[..., None, None, None]
@@ -118,6 +125,11 @@ class Mask:
         """The same mask for positions of queries and keys that both count from `by`."""
         return self
 
+    def seen_from(self, q0: Index, k0: Index) -> Mask:
+        """The mask of a part of the call, whose queries count from q0 and whose keys from k0, ints or traced scalars:
+        `seen_from(q0, k0).keep(q, k) == keep(q0 + q, k0 + k)`. Ids of positions are to be the part's own already (`local`)."""
+        raise NotImplementedError
+
     def transposed(self) -> Mask:
         """The mask with queries and keys exchanged, `transposed().keep(k, q) == keep(q, k)`: its ranges of keys say which queries
         see a block of keys."""
@@ -194,6 +206,9 @@ class And(Mask):
 
     def moved(self, by: Any) -> And:
         return And(tuple(mask.moved(by) for mask in self.masks))
+
+    def seen_from(self, q0: Index, k0: Index) -> And:
+        return And(tuple(mask.seen_from(q0, k0) for mask in self.masks))
 
     def transposed(self) -> And:
         return And(tuple(mask.transposed() for mask in self.masks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax_sdpa.masks.base import Index, Mask, clip, int32, maximum, size_if, spread
+from jax_sdpa.masks.base import Index, Mask, clip, int32, less, maximum, size_if, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,9 @@ class Band(Mask):
         hi = S if self.right < 0 else clip(q_lo + self.offset + self.right + 1, S)
         return lo, maximum(lo, hi)
 
+    def seen_from(self, q0: Index, k0: Index) -> Band:
+        return Band(self.left, self.right, less(self.offset, k0 - q0))
+
     def transposed(self) -> Band:
         return Band(self.right, self.left, -self.offset)
 
@@ -126,6 +129,9 @@ class KeyLengths(Mask):
 
     full_range = kv_range
 
+    def seen_from(self, q0: Index, k0: Index) -> KeyLengths:
+        return KeyLengths(less(self.lengths, k0), None if self.starts is None else less(self.starts, k0))
+
     def transposed(self) -> QueryLengths:
         return QueryLengths(self.lengths, self.starts)
 
@@ -162,6 +168,9 @@ class QueryLengths(Mask):
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         every = q_hi <= self.lengths
         return 0, size_if(every if self.starts is None else every & (q_lo >= self.starts), S)
+
+    def seen_from(self, q0: Index, k0: Index) -> QueryLengths:
+        return QueryLengths(less(self.lengths, q0), None if self.starts is None else less(self.starts, q0))
 
     def transposed(self) -> KeyLengths:
         return KeyLengths(self.lengths, self.starts)

@@ -56,6 +56,9 @@ class SegmentIds(Mask):
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         return jax.tree.unflatten(jax.tree.structure(self), [by_query(self.query), by_key(self.key)])
 
+    def seen_from(self, q0: Index, k0: Index) -> SegmentIds:
+        return self
+
     def transposed(self) -> SegmentIds:
         return SegmentIds(self.key, self.query)
 
