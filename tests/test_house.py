@@ -172,7 +172,16 @@ def test_packages_are_typed_and_documented(package):
 
 def test_no_assert_on_user_input():
     """Contract 4: errors are TypeError and ValueError. `check` has no assert, nor have the masks."""
-    for name in ("check", "masks/base", "masks/positions", "masks/segments", "functional", "attention/__init__", "attention/bias"):
+    for name in (
+        "check",
+        "masks/base",
+        "masks/packed",
+        "masks/positions",
+        "masks/segments",
+        "functional",
+        "attention/__init__",
+        "attention/bias",
+    ):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], name
 
@@ -192,6 +201,7 @@ def test_docstring_examples_hold():
     for name in (
         "jax_sdpa.functional",
         "jax_sdpa.masks.base",
+        "jax_sdpa.masks.packed",
         "jax_sdpa.masks.positions",
         "jax_sdpa.masks.segments",
         "jax_sdpa.attention",
