@@ -32,6 +32,7 @@ class SdpaSpec:
     returns_lse: bool = False  # the caller asked for lse, so it may get a cotangent
     device: str | None = None  # an assumed device
     wrt: tuple[str, ...] = ()  # the operands that are being differentiated: a backend must be able to
+    longest_query: int | None = None  # of the sequences packed in a row: a row block wider than that sees several sequences' keys
     static_loops: bool = False  # loops with static bounds only: those are reverse-differentiable
 
 

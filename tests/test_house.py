@@ -21,7 +21,7 @@ LAYERS = [
     BENEATH,
     {"implementations"},
     {"dispatch", "primitive", "sharding"},
-    {"check", "functional", "attention"},
+    {"check", "check_varlen", "functional", "attention"},
     {"nn", "compare", "examples", "backends"},
 ]
 
@@ -112,7 +112,8 @@ def test_importing_the_package_starts_no_backend():
 PUBLIC = {
     "jax_sdpa": {"scaled_dot_product_attention", "dot_product_attention", "explain"},
     "jax_sdpa.attention": {"SDPBackend", "sdpa_kernel", "WARN_FOR_UNFUSED_KERNELS"},
-    "jax_sdpa.attention.bias": {"CausalVariant", "CausalBias", "causal_upper_left", "causal_lower_right", "causal", "sliding_window", "SegmentIds", "KeyLengths"},
+    "jax_sdpa.attention.bias": {"CausalVariant", "CausalBias", "causal_upper_left", "causal_lower_right", "causal", "sliding_window", "SegmentIds", "KeyLengths", "Packed"},
+    "jax_sdpa.attention.varlen": {"AuxRequest", "varlen_attn"},
     "jax_sdpa.backends.cuda": {
         *(f"enable_{kind}_sdp" for kind in ("flash", "mem_efficient", "math", "cudnn")),
         *(f"{kind}_sdp_enabled" for kind in ("flash", "mem_efficient", "math", "cudnn")),
@@ -133,7 +134,7 @@ def test_public_names(name):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["torch.nn.attention", "torch.nn.attention.bias"])
+@pytest.mark.parametrize("name", ["torch.nn.attention", "torch.nn.attention.bias", "torch.nn.attention.varlen"])
 def test_torchs_names_have_torchs_meaning(name):
     theirs, ours = importlib.import_module(name), importlib.import_module(name.replace("torch.nn", "jax_sdpa"))
     for shared in set(theirs.__all__) & PUBLIC[ours.__name__]:
@@ -206,6 +207,7 @@ def test_docstring_examples_hold():
         "jax_sdpa.masks.segments",
         "jax_sdpa.attention",
         "jax_sdpa.attention.bias",
+        "jax_sdpa.attention.varlen",
         "jax_sdpa.device",
         "jax_sdpa.dropout",
         "jax_sdpa.backends.cuda",

@@ -61,6 +61,13 @@ def _block(length: Any, wanted: int) -> Any:
     return divisor if 2 * divisor > wanted else wanted
 
 
+def _rows(request: SdpaRequest, wanted: int) -> Any:
+    """A block of queries near `wanted`; no longer than the longest of packed sequences, up to a power of two: decode steps stand
+    side by side, and a block of several would visit all of their keys for each."""
+    longest = request.spec.longest_query
+    return _block(request.query_len, wanted if longest is None else min(wanted, 1 << max(0, longest - 1).bit_length()))
+
+
 def is_static(request: SdpaRequest) -> bool:
     """Whether the structured masks' ranges are numbers while tracing."""
     return all(isinstance(bound, int) for bound in request.mask.kv_range(0, 1, request.query_len, request.key_len))
@@ -70,7 +77,7 @@ def cpu_plan(request: SdpaRequest, direction: str) -> Plan:
     """The plan of a 'forward' or 'backward' pass on a CPU."""
     L, S, R = request.query_len, request.key_len, request.group
     skips = bool(request.masks)  # something to skip: finer blocks
-    blocks = _block(L, max(64, (512 if skips else 1024) // R)), _block(S, 512)
+    blocks = _rows(request, max(64, (512 if skips else 1024) // R)), _block(S, 512)
     if any(map(compat.is_symbolic, (L, S, request.batch, R))) or not is_static(request):
         return Plan(*_heads(request, 1), *blocks)
     if L * R <= FEW_ROWS:
@@ -87,4 +94,4 @@ def cpu_plan(request: SdpaRequest, direction: str) -> Plan:
 
 def wide_plan(request: SdpaRequest) -> Plan:
     """For an accelerator: every head at once, loops over blocks."""
-    return Plan(request.batch, request.kv_heads, _block(request.query_len, 512), _block(request.key_len, 512))
+    return Plan(request.batch, request.kv_heads, _rows(request, 512), _block(request.key_len, 512))

@@ -171,8 +171,8 @@ class Packed(Mask):
 
     def parts(self, L: Index, S: Index) -> tuple[Mask, ...]:
         """A range of keys for each query of the call."""
-        ends = (clip(end, S) for end in self._ranges(jnp.arange(L, dtype=jnp.int32)))
-        return (KeyRanges(*ends, S if isinstance(S, int) else None),)
+        first, stop = (clip(end, S) for end in self._ranges(jnp.arange(L, dtype=jnp.int32)))
+        return (KeyRanges(first, stop, S if isinstance(S, int) else None),)
 
     def _ranges(self, q_idx: Any) -> tuple[jax.Array, jax.Array]:
         """(first, stop) of queries, int32 (batch..., *q_idx.shape); both ascend, whatever is hidden."""
