@@ -70,6 +70,39 @@ def test_memory_grows_linearly(name, grad):
     assert large < 8 * 1.3 * small + 2**20
 
 
+def steps(L, layout, dtype):
+    """Calls of L queries a sequence on a cache of 8 sequences of 4099 slots (which no block divides) and 4 heads; 16 query heads."""
+    slots, n = 4099, shape((8,), jnp.int32)
+    q, k = (
+        shape((8, heads, length, 128) if layout == "BHLE" else (8, length, heads, 128), dtype)
+        for heads, length in ((16, L), (4, slots))
+    )
+
+    def call(mask):
+        if layout == "BHLE":
+            return lambda q, k, v, *n: scaled_dot_product_attention(q, k, v, mask(*n), enable_gqa=True)
+        return lambda q, k, v, *n: dot_product_attention(q, k, v, mask=mask(*n))
+
+    return {
+        "plain": (call(lambda n: causal(n - L) & KeyLengths(n)), q, k, k, n),
+        "window": (call(lambda n: sliding_window(1023, 0, n - L) & KeyLengths(n)), q, k, k, n),
+        "ring": (call(lambda n: KeyLengths(jnp.minimum(n, slots))), q, k, k, n),
+        "left-padded": (call(lambda n, starts: causal(n - L) & KeyLengths(n, starts)), q, k, k, n, n),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("L", "dtype", "layout"),
+    [(1, "float32", "BHLE"), (1, "float32", "BLHE"), (1, "bfloat16", "BLHE"), (4, "float16", "BHLE"), (64, "float32", "BLHE")],
+    ids=str,
+)
+def test_a_step_on_a_cache_holds_nothing_of_the_caches_size(L, dtype, layout):
+    """Decode, a few tokens, a chunk: no copy of keys or values, padded, cleared or transposed."""
+    for name, (call, *args) in steps(L, layout, jnp.dtype(dtype)).items():
+        cache = 2 * 8 * 4099 * 4 * 128 * jnp.dtype(dtype).itemsize
+        assert temporaries(call, *args, grad=False) < cache / 10, name
+
+
 def test_a_dense_float_mask_costs_its_own_gradient_and_no_more():
     """(L, S) is what the caller brought; beside it nothing of that size is held."""
     length = 4096
