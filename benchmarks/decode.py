@@ -46,9 +46,7 @@ def _operands(dtype: str) -> tuple[Any, Any]:
     return [jnp.asarray(x, dtype) for x in arrays], [torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays]
 
 
-def _calls(
-    dtype: str, stops: np.ndarray | None, starts: np.ndarray | None
-) -> tuple[Callable[[], Any], Callable[[], Any], float, int]:
+def _calls(dtype: str, stops: np.ndarray | None, starts: np.ndarray | None) -> tuple[Call, Call, float, int]:
     """(ours, torch's, our error over torch's, our temporaries)."""
     import torch
 
