@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_sdpa import check
 from jax_sdpa.context import allowed_now
-from jax_sdpa.masks import And, Band, KeyLengths, Mask, Packed, QueryLengths
+from jax_sdpa.masks import Band, KeyLengths, Mask, Packed, QueryLengths
 from jax_sdpa.request import SdpaRequest
 
 Restore = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -134,12 +134,19 @@ def varlen_request(
     if cu_seq_k is not None:
         _integers(cu_seq_k, "cu_seq_k", (N + 1,), f"of shape (N + 1,) = ({N + 1},)")
     table = _integers(block_table, "block_table", (N, None), f"of shape (N, max_pages) = ({N}, max_pages)")
-    queries = cu_q[1:] - cu_q[:-1]
-    keys = jnp.clip(used, 0, table.shape[1] * k.shape[1])
-    mask = And((KeyLengths(keys), QueryLengths(queries), Band(left, right, keys - queries)))
+    mask = _mask_of_pages(cu_q[1:] - cu_q[:-1], jnp.clip(used, 0, table.shape[1] * k.shape[1]), left, right, max_q)
     rows = _taken(q, cu_q[:-1, None] + jnp.arange(max_q, dtype=jnp.int32)[None])
     request = check.make_request(rows, _pages(k, table), _pages(v, table), mask=mask, **common)
     return request, lambda out, lse: _packed_again(out, lse, cu_q, q.shape[0])
+
+
+def _mask_of_pages(queries: jax.Array, keys: jax.Array, left: int, right: int, max_q: int) -> Mask:
+    """What sequences with so many queries and keys, (N,) each, see of their pages. A single query stands at the last key: its
+    window is a start. (Rows behind `queries` are nobody's: hidden where that saves work.)"""
+    if max_q == 1:
+        return KeyLengths(keys, None if left < 0 else jnp.maximum(keys - 1 - left, 0))
+    mask = KeyLengths(keys) & QueryLengths(queries)
+    return mask if left < 0 and right < 0 else mask & Band(left, right, keys - queries)
 
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -156,7 +163,7 @@ def _pages(pool: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _packed_again(out: jax.Array, lse: jax.Array, cu_q: jax.Array, tokens: Any) -> tuple[jax.Array, jax.Array]:
-    """Rows of a batch -> packed tokens; 0 and -inf outside of all sequences, NaN behind max_q of one."""
+    """Rows of a batch -> packed tokens; 0 and -inf outside of all sequences, NaN in one of more than max_q queries."""
     N, longest, Hq, Ev = out.shape
     t = jnp.arange(tokens, dtype=jnp.int32)
     n = jnp.searchsorted(cu_q, t, side="right").astype(jnp.int32) - 1
@@ -164,7 +171,7 @@ def _packed_again(out: jax.Array, lse: jax.Array, cu_q: jax.Array, tokens: Any) 
     i = t - cu_q[n]
     at = n * longest + jnp.minimum(i, longest - 1)
     no_out, no_lse = (jnp.where(inside, jnp.nan, fill) for fill in (0.0, -jnp.inf))  # where no row is the token's
-    here = inside & (i < longest)
+    here = inside & (cu_q[n + 1] - cu_q[n] <= longest)
     flat, flat_lse = out.reshape(N * longest, Hq, Ev), jnp.moveaxis(lse, 1, 0).reshape(Hq, N * longest)
     found = jnp.where(here[:, None, None], _taken(flat, at), no_out[:, None, None].astype(out.dtype))
     return found, jnp.where(here[None], jnp.swapaxes(_taken(flat_lse.T, at), 0, 1), no_lse[None].astype(lse.dtype))

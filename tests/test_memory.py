@@ -8,7 +8,7 @@ import pytest
 
 from jax_sdpa import dot_product_attention, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
-from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from jax_sdpa.attention.bias import KeyLengths, Packed, SegmentIds, causal, sliding_window
 
 shape = jax.ShapeDtypeStruct
 
@@ -136,7 +136,7 @@ def test_empty_blocks_are_skipped_not_computed_and_thrown_away():
     q = jax.random.normal(jax.random.key(0), (1, 1, length, 64))
     kinds = {
         "full": None, "causal": causal(), "window": sliding_window(256, 0), "short": KeyLengths(jnp.array([500])),
-        "segments": SegmentIds(jnp.arange(length) // 512),
+        "segments": SegmentIds(jnp.arange(length) // 512), "packed": Packed(jnp.arange(9) * 512),
     }  # fmt: skip
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         programs = {
@@ -151,4 +151,4 @@ def test_empty_blocks_are_skipped_not_computed_and_thrown_away():
             best[name] = min(best[name], time.perf_counter() - start)
     share = {name: seconds / best["full"] for name, seconds in best.items()}
     assert share["causal"] < 0.8, share
-    assert max(share["window"], share["short"], share["segments"]) < 0.5, share
+    assert max(share["window"], share["short"], share["segments"], share["packed"]) < 0.5, share

@@ -65,7 +65,7 @@ def varlen_attn(
             belong to nobody and give 0 and lse -inf.
         cu_seq_k: the same for the keys. None only with `block_table`, which does not need it.
         max_q, max_k: static ints: no sequence has more queries, or keys. Without `block_table` they are hints of how to cut the
-            work; with it, queries of a sequence behind its first max_q give NaN.
+            work; with it, a sequence of more than max_q queries gives NaN.
         return_aux: `AuxRequest(lse=True)` returns lse as well.
         scale: a number, or a scalar array; default 1 / sqrt(D).
         window_size: (left, right), static inclusive distances; (-1, -1) everything, (-1, 0) causal, (W, 0) causal with a window.
