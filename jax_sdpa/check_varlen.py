@@ -104,11 +104,7 @@ def varlen_request(
     _check_heads(q.shape[-2], k.shape[-2], v.shape[-2], check.flag(enable_gqa, "enable_gqa"))
     left, right = _window(window_size)
     max_q, _ = _size(max_q, "max_q", 0), _size(max_k, "max_k", 0)
-    if num_splits is not None and _size(num_splits, "num_splits", 1) == 1:
-        raise ValueError(
-            "not supported yet: num_splits=1, the promise of the same bits for a sequence in any batch. Leave it out: the number "
-            "of splits is then the backend's choice."
-        )
+    invariant = num_splits is not None and _size(num_splits, "num_splits", 1) == 1
     if return_aux is not None and not isinstance(return_aux, AuxRequest):
         raise TypeError(f"argument 'return_aux' must be an AuxRequest or None, not {type(return_aux).__name__}.")
 
@@ -127,7 +123,7 @@ def varlen_request(
         cu_k = _integers(cu_seq_k, "cu_seq_k", (N + 1,), f"of shape (N + 1,) = ({N + 1},)")
         mask: Mask = Packed(cu_q, cu_k, left, right, used_k=used)
         request = check.make_request(q[None], k[None], v[None], mask=mask, **common)
-        return request.with_spec(longest_query=max_q), lambda out, lse: (out[0], lse[0])
+        return request.with_spec(longest_query=max_q, batch_invariant=invariant), lambda out, lse: (out[0], lse[0])
 
     if used is None:
         raise ValueError("block_table needs seqused_k: how many keys of each sequence its pages hold.")
@@ -137,7 +133,7 @@ def varlen_request(
     mask = _mask_of_pages(cu_q[1:] - cu_q[:-1], jnp.clip(used, 0, table.shape[1] * k.shape[1]), left, right, max_q)
     rows = _taken(q, cu_q[:-1, None] + jnp.arange(max_q, dtype=jnp.int32)[None])
     request = check.make_request(rows, _pages(k, table), _pages(v, table), mask=mask, **common)
-    return request, lambda out, lse: _packed_again(out, lse, cu_q, q.shape[0])
+    return request.with_spec(batch_invariant=invariant), lambda out, lse: _packed_again(out, lse, cu_q, q.shape[0])
 
 
 def _mask_of_pages(queries: jax.Array, keys: jax.Array, left: int, right: int, max_q: int) -> Mask:

@@ -13,6 +13,8 @@ from jax_sdpa import check_varlen, compat, explain
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import Packed
 from jax_sdpa.attention.varlen import AuxRequest, varlen_attn
+from jax_sdpa.device import assume_device
+from jax_sdpa.errors import NoViableBackendError
 from pallas_kernels import visits
 
 LSE = AuxRequest(lse=True)
@@ -232,6 +234,7 @@ def test_under_vmap_and_x64(x64):
     q, k = (jax.random.normal(key, (3, 12, 2, 8), dtype) for key in jax.random.split(jax.random.key(0)))
     cu = jnp.array([[0, 5, 12], [0, 0, 3], [2, 6, 11]])
 
+    @jax.jit
     def call(q, k, cu):
         return varlen_attn(q, k, k, cu, cu, 12, 12, window_size=(-1, 0), return_aux=LSE)
 
@@ -304,6 +307,29 @@ def test_explain():
     assert "Inference only" in str(paged)
 
 
+@pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic and the kernels need jax 0.11.2")
+def test_calls_lower_for_a_hopper_that_is_not_here(x64):
+    """Packed: one kernel forward, two more for the gradients; pages: gathered, and the forward's kernel."""
+    q, k, cu = shape((200, 4, 72), jnp.bfloat16), shape((200, 2, 72), jnp.bfloat16), shape((4,), jnp.int32)
+    pool, used, table = shape((8, 16, 2, 72), jnp.bfloat16), shape((3,), jnp.int32), shape((3, 5), jnp.int32)
+
+    def packed_call(q, k, v, cu):
+        return varlen_attn(q, k, v, cu, cu, 100, 100, window_size=(-1, 0), enable_gqa=True)
+
+    def gradients(*args):
+        return jax.grad(lambda q, k, v: packed_call(q, k, v, args[3]).astype(jnp.float32).sum(), (0, 1, 2))(*args[:3])
+
+    def paged_call(q, k, v, cu, used, table):
+        return varlen_attn(q, k, v, cu, None, 2, 80, window_size=(30, 0), enable_gqa=True, seqused_k=used, block_table=table)
+
+    with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for kernels, f, args in (
+            (1, packed_call, (q, k, k, cu)), (3, gradients, (q, k, k, cu)), (1, paged_call, (q, pool, pool, cu, used, table))
+        ):  # fmt: skip
+            text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+            assert text.count("mosaic_gpu_v2") == kernels, f.__name__
+
+
 QUERY, POOL, CU = jnp.ones((6, 4, 8)), jnp.ones((3, 4, 4, 8)), jnp.array([0, 4, 6])
 
 
@@ -344,7 +370,6 @@ ERRORS = {
     "scale": ({"scale": "a"}, TypeError, "'scale' must be a number"),
     "return_aux": ({"return_aux": True}, TypeError, "'return_aux' must be an AuxRequest or None, not bool"),
     "num_splits 0": ({"num_splits": 0}, ValueError, "num_splits must be at least 1, got 0"),
-    "num_splits 1": ({"num_splits": 1}, ValueError, "not supported yet: num_splits=1"),
     "num_splits float": ({"num_splits": 2.0}, TypeError, "'num_splits' must be"),
 }  # fmt: skip
 
@@ -354,6 +379,16 @@ def test_errors(name):
     changes, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+def test_the_promise_of_the_same_bits_in_any_batch_is_refused_by_every_backend():
+    with pytest.warns(UserWarning, match="num_splits=1"), pytest.raises(NoViableBackendError, match="is not supported yet"):
+        call(num_splits=1)
+    choice = explain(*[QUERY] * 3, CU, CU, 4, 4, num_splits=1, call=varlen_attn, device="cpu")
+    assert choice.backend is None
+    assert all(
+        "num_splits=1, the same bits for a sequence in any batch, is not supported yet." in x for x in choice.rejected.values()
+    )
 
 
 def test_a_number_of_splits_is_a_hint_and_numpy_will_do():

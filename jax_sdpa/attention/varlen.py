@@ -73,8 +73,8 @@ def varlen_attn(
         seqused_k: integer (N,): only the first so many keys of each sequence exist. Inference only.
         block_table: integer (N, max_pages), with `seqused_k`: key j of sequence n is row j % page of page
             block_table[n, j // page]. Entries behind the pages that are used may be anything. Inference only.
-        num_splits: None or an int from 2 on: a hint, which our kernels do not need. 1, which promises the same bits for a sequence
-            in any batch, is not supported yet.
+        num_splits: None, or an int >= 1: how often a sequence's keys may be split. 1 asks for the same bits for a sequence alone
+            and in any batch, which no backend gives yet: all of them refuse. Other numbers are hints, which nothing here needs.
 
     All arrays may be traced: other boundaries, lengths or pages are other numbers of the same program, and compile nothing.
 
@@ -84,6 +84,7 @@ def varlen_attn(
 
     Raises:
         TypeError: dtypes and types. ValueError: shapes, ranges, conflicts; `seqused_k` or `block_table` under differentiation.
+        NoViableBackendError: no backend that is allowed can run the call, such as with `num_splits=1` today.
 
     Differentiable in query, key, value and an array scale. What no query sees may hold anything, NaN included.
 
