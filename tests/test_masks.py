@@ -129,9 +129,7 @@ def draw_packed(draw, L, S):
 def draw_mask(draw, L, S):
     """Any structured mask without batch dims, or a conjunction of two."""
     distance, place = ints(-1, 9), ints(-25, 25)
-    kind = draw(
-        st.sampled_from(["band", "traced band", "lengths", "query lengths", "segments", "ranges", "packed", "causal bias", "and"])
-    )
+    kind = draw(st.sampled_from(["band", "traced band", "lengths", "query lengths", "segments", "ranges", "causal bias", "and"]))
     if kind == "band":
         return Band(draw(distance), draw(distance), draw(place))
     if kind == "traced band":
@@ -149,8 +147,6 @@ def draw_mask(draw, L, S):
     if kind == "ranges":
         ends = np.sort([draw(st.lists(ints(0, S), min_size=L, max_size=L)) for _ in range(2)])
         return KeyRanges(jnp.asarray(ends.min(0)), jnp.asarray(ends.max(0)), S)
-    if kind == "packed":
-        return draw_packed(draw, L, S)[0]
     if kind == "causal bias":
         return CausalBias(draw(st.sampled_from(CausalVariant)), L, S)
     return draw_mask(draw, L, S) & draw_mask(draw, L, S)
