@@ -31,7 +31,7 @@ def as_array(x: Any, name: str) -> jax.Array:
     return jnp.asarray(x)
 
 
-def _arrays(query: Any, key: Any, value: Any, least_rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def operands(query: Any, key: Any, value: Any, least_rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     arrays = as_array(query, "query"), as_array(key, "key"), as_array(value, "value")
     q, k, v = arrays
     if not (q.dtype == k.dtype == v.dtype):
@@ -49,7 +49,7 @@ def _arrays(query: Any, key: Any, value: Any, least_rank: int) -> tuple[jax.Arra
     return arrays
 
 
-def _flag(value: Any, name: str) -> bool:
+def flag(value: Any, name: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"argument '{name}' must be a (static) bool, not {type(value).__name__}.")
     return bool(value)
@@ -181,7 +181,7 @@ def _dropout(p: Any, key: Any, batch: tuple[Any, ...], Hq: int) -> tuple[float, 
     return p, dropout.seeds(key, math.prod(batch), Hq)
 
 
-def _request(
+def make_request(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -229,7 +229,7 @@ def _request(
 
 def _torch_mask(attn_mask: Any, is_causal: Any) -> Mask | None:
     mask = None if attn_mask is None else _mask_value(attn_mask, "attn_mask")
-    if not _flag(is_causal, "is_causal"):
+    if not flag(is_causal, "is_causal"):
         return mask
     if mask is not None:
         raise ValueError(
@@ -259,7 +259,7 @@ def sharded_request(
     """The request of context parallelism: torch's arguments and `jax.nn`'s extras, in either layout, of rank 4."""
     if layout not in ("BHLE", "BLHE"):
         raise ValueError(f"layout must be 'BHLE' (torch's) or 'BLHE' (JAX's), got {layout!r}.")
-    q, k, v = _arrays(query, key, value, least_rank=4)
+    q, k, v = operands(query, key, value, least_rank=4)
     if max(q.ndim, k.ndim, v.ndim) > 4:
         raise ValueError(
             "Expected query, key and value of rank 4, (B, H, L, E) or (B, L, H, E): a mesh axis divides one batch dim. Got ranks "
@@ -268,11 +268,11 @@ def sharded_request(
     if isinstance(dropout_rng, dropout.KeyAt):
         raise TypeError("dropout_rng must be a JAX key here, without offsets: the call is whole, and its parts are placed for you.")
     heads_axis = 1 if layout == "BHLE" else 2
-    return _request(
-        q, k, v, layout=layout, enable_gqa=_flag(enable_gqa, "enable_gqa"), mask=_torch_mask(attn_mask, is_causal),
+    return make_request(
+        q, k, v, layout=layout, enable_gqa=flag(enable_gqa, "enable_gqa"), mask=_torch_mask(attn_mask, is_causal),
         mask_name="attn_mask", allowed=allowed_now(), scale=scale, dropout_p=dropout_p, dropout_rng=dropout_rng,
         softcap=_softcap(softcap), sinks=_sinks(sinks, q.shape[heads_axis : heads_axis + 1]),
-        returns_lse=_flag(returns_lse, "return_residual"),
+        returns_lse=flag(returns_lse, "return_residual"),
     )  # fmt: skip
 
 
@@ -289,11 +289,11 @@ def torch_request(
     dropout_rng: Any = None,
 ) -> tuple[SdpaRequest, tuple[Any, ...]]:
     """The request of torch's face, and the shape in which its caller expects the output."""
-    q, k, v = _arrays(query, key, value, least_rank=2)
+    q, k, v = operands(query, key, value, least_rank=2)
     mask = _torch_mask(attn_mask, is_causal)
-    if _flag(enable_gqa, "enable_gqa") and min(q.ndim, k.ndim, v.ndim) < 3:
+    if flag(enable_gqa, "enable_gqa") and min(q.ndim, k.ndim, v.ndim) < 3:
         raise ValueError(f"enable_gqa needs a heads dim: arrays of rank 3 and more, got {q.ndim}, {k.ndim} and {v.ndim}.")
-    request = _request(
+    request = make_request(
         q, k, v, layout="BHLE", enable_gqa=enable_gqa, mask=mask, mask_name="attn_mask", allowed=allowed_now(), scale=scale,
         dropout_p=dropout_p, dropout_rng=dropout_rng,
     )  # fmt: skip
@@ -371,7 +371,7 @@ def jax_request(
     dropout_rng: Any = None,
 ) -> tuple[SdpaRequest, tuple[Any, ...]]:
     """The request of JAX's face, and the shape in which its caller expects the output."""
-    q, k, v = _arrays(query, key, value, least_rank=3)
+    q, k, v = operands(query, key, value, least_rank=3)
     parts: list[Mask] = []
     if bias is not None:
         bias = as_array(bias, "bias")
@@ -386,7 +386,7 @@ def jax_request(
                     f"mask must be a bool array or a structured mask, got {part.array.dtype}; an additive one goes to bias."
                 )
         parts.append(value_mask)
-    if _flag(is_causal, "is_causal"):
+    if flag(is_causal, "is_causal"):
         parts.append(causal())
     if local_window_size is not None:
         window = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size, local_window_size)
@@ -398,10 +398,10 @@ def jax_request(
     if (lengths := _lengths(key_value_seq_lengths, "key_value_seq_lengths")) is not None:
         parts.append(KeyLengths(lengths))
     softcap, sinks = _softcap(softcap), _sinks(sinks, q.shape[-2:-1])
-    request = _request(
+    request = make_request(
         q, k, v, layout="BLHE", enable_gqa=True, mask=And(tuple(parts)) if parts else None, mask_name="mask or bias",
         allowed=_implementation(implementation), scale=scale, dropout_p=dropout_p, dropout_rng=dropout_rng, softcap=softcap,
-        sinks=sinks, returns_lse=_flag(return_residual, "return_residual"),
+        sinks=sinks, returns_lse=flag(return_residual, "return_residual"),
     )  # fmt: skip
     batch = _broadcast_batch(q, k, v)
     return request, (*batch, request.query_len, request.q_heads, request.value_head_dim)

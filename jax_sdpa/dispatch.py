@@ -48,20 +48,29 @@ def preference(request: SdpaRequest, device: Device) -> tuple[SDPBackend, ...]:
     return tuple(backend for backend in order if backend in allowed.backends)
 
 
+def _reasons(backend: SDPBackend, request: SdpaRequest, device: Device) -> list[str]:
+    """Every reason of a backend against the request; what it promises of its bits is asked of all of them in one way."""
+    implementation = IMPLEMENTATIONS[backend]
+    reasons = implementation.reasons_against(request, device)
+    if request.spec.batch_invariant and not implementation.is_batch_invariant(request):
+        reasons = [*reasons, "num_splits=1, the same bits for a sequence in any batch, is not supported yet."]
+    return reasons
+
+
 def choose(request: SdpaRequest, device: Device) -> Choice:
     """The first backend of the preference that has no reason against the request, and everybody's reasons."""
     order = preference(request, device)
     chosen: SDPBackend | None = None
     rejected: dict[SDPBackend, list[str]] = {}
     for backend in order:
-        reasons = IMPLEMENTATIONS[backend].reasons_against(request, device)
+        reasons = _reasons(backend, request, device)
         if not reasons and chosen is None:
             chosen = backend
             continue
         rejected[backend] = reasons or [f"It could run the call; {chosen.name} is preferred here."]  # type: ignore[union-attr]
     for backend in BACKENDS:
         if backend not in order:
-            reasons = IMPLEMENTATIONS[backend].reasons_against(request, device)
+            reasons = _reasons(backend, request, device)
             rejected[backend] = ["It has been disabled by sdpa_kernel, a toggle or implementation=.", *reasons]
     notes = () if chosen is None else IMPLEMENTATIONS[chosen].notes(request, device)
     return Choice(chosen, device, rejected, notes)

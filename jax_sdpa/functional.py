@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from jax_sdpa.attention import SDPBackend
 from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
 
 
-def _attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
+def attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of a request; zeros and -inf where there is no score at all."""
     if check.is_empty(request):
         lse = jnp.full(request.lse_shape, -jnp.inf, jnp.promote_types(request.query.dtype, jnp.float32))
@@ -89,7 +90,7 @@ def scaled_dot_product_attention(
     request, shape = check.torch_request(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, dropout_rng=dropout_rng
     )
-    out, _ = _attend(request)
+    out, _ = attend(request)
     return jnp.reshape(out, shape)
 
 
@@ -159,12 +160,21 @@ def dot_product_attention(
         key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, implementation=implementation,
         return_residual=return_residual, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_rng=dropout_rng,
     )  # fmt: skip
-    out, lse = _attend(request)
+    out, lse = attend(request)
     out = jnp.reshape(out, shape)
     return (out, jnp.reshape(jnp.swapaxes(lse, 1, 2), shape[:-1])) if return_residual else out
 
 
-_REQUESTS = {scaled_dot_product_attention: check.torch_request, dot_product_attention: check.jax_request}
+_REQUESTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    scaled_dot_product_attention: check.torch_request,
+    dot_product_attention: check.jax_request,
+}
+_NOTES: dict[Callable[..., Any], Callable[..., tuple[str, ...]]] = {}
+
+
+def explains(call: Callable[..., Any], request: Callable[..., Any], notes: Callable[..., tuple[str, ...]]) -> None:
+    """Lets `explain(call=call)` know: `request(*args, **kwargs)[0]` is what it runs, `notes` what it does beside that."""
+    _REQUESTS[call], _NOTES[call] = request, notes
 
 
 def request_of(check_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,7 +205,7 @@ def explain(
 
     Args:
         *args, **kwargs: those of the call; arrays may be `jax.ShapeDtypeStruct`s.
-        call: `scaled_dot_product_attention` (default) or `dot_product_attention`.
+        call: `scaled_dot_product_attention` (default), `dot_product_attention` or `jax_sdpa.attention.varlen.varlen_attn`.
         device: 'cpu', 'cuda:sm90', 'cuda:sm90:cudnn91600', …, there or not; default: the one that the call would use now.
         grad: ask for the call under differentiation (by every operand that has a gradient).
 
@@ -215,4 +225,6 @@ def explain(
     request = request_of(lambda *args, **kwargs: _REQUESTS[call](*args, **kwargs)[0], args, kwargs)
     if grad:
         request = request.with_spec(wrt=tuple(name for name in DIFFERENTIABLE if getattr(request, name) is not None))
-    return dispatch.choose(request, devices.default() if device is None else devices.parse(device))
+    choice = dispatch.choose(request, devices.default() if device is None else devices.parse(device))
+    notes = _NOTES[call](*args, **kwargs) if call in _NOTES else ()
+    return dataclasses.replace(choice, notes=(*choice.notes, *notes))

@@ -33,6 +33,8 @@ class SdpaSpec:
     device: str | None = None  # an assumed device
     wrt: tuple[str, ...] = ()  # the operands that are being differentiated: a backend must be able to
     part: bool = False  # of the keys of a softmax: out and lse in the backward are those of all its keys
+    longest_query: int | None = None  # of the sequences packed in a row: a row block wider than that sees several sequences' keys
+    batch_invariant: bool = False  # a sequence must get the same bits alone and in any batch
     static_loops: bool = False  # loops with static bounds only: those are reverse-differentiable
 
 

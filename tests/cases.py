@@ -12,12 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from harness import make
-from oracle import Problem, band, lengths, same_segment
+from oracle import Problem, band, lengths, packed, same_segment
 
 from jax_sdpa.attention.bias import (
     Dense,
     KeyLengths,
     Mask,
+    Packed,
     QueryLengths,
     SegmentIds,
     causal,
@@ -86,6 +87,16 @@ def _segments(query_ids: Any, key_ids: Any = None, also: str = "") -> Case:
     return make(L, S, keep=keep), mask, {}
 
 
+def _boundaries(sizes_q: Any, sizes_k: Any, left: int, right: int, used_k: Any = None, face: str = "jax", more: int = 0) -> Case:
+    """Sequences packed by their boundaries, (B, N) sizes each, with `more` tokens behind the last one."""
+    cu_q, cu_k = (np.concatenate([np.zeros((len(sizes), 1), int), np.cumsum(sizes, -1)], -1) for sizes in (sizes_q, sizes_k))
+    L, S = cu_q.max() + more, cu_k.max() + more
+    used = [None] * len(cu_q) if used_k is None else used_k
+    keep = np.stack([packed(L, S, q, k, left, right, None, u) for q, k, u in zip(cu_q, cu_k, used, strict=True)])[:, None]
+    mask = Packed(jnp.asarray(cu_q), jnp.asarray(cu_k), left, right, None, None if used_k is None else jnp.asarray(used_k))
+    return make(L, S, B=len(cu_q), keep=keep, dlse=face == "jax"), mask, {"face": face}
+
+
 def _packed(L: int, *sizes: int) -> np.ndarray:
     """Segment ids 0, 1, ... of these sizes, padding (-1) behind them."""
     ids = np.repeat(np.arange(len(sizes)), sizes)
@@ -150,6 +161,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "segments out of order, L != S": lambda: _segments(rng.integers(-1, 4, (2, 140)), rng.integers(-1, 4, (2, 290))),
     "segments shared by the batch": lambda: _segments(_packed(150, 60, 60), _packed(290, 200, 90)),
     "segments that no key has": lambda: _segments(np.full((2, 9), 3), np.full((2, 300), 2)),
+    "boundaries, causal": lambda: _boundaries([[3, 120, 0, 150], [257, 1, 7, 8]], [[3, 120, 0, 150], [257, 1, 7, 8]], -1, 0, more=5),
+    "boundaries, window, L != S, some used": lambda: _boundaries(
+        [[60, 9, 70], [1, 129, 9]], [[200, 5, 70], [64, 100, 111]], 90, 3, [[150, 5, 0], [64, 99, 100]], "torch"
+    ),
+    "boundaries, full": lambda: _boundaries([[128, 130]], [[256, 3]], -1, -1),
     "everything, torch's face": lambda: _everything("torch"),
     "everything, JAX's face": lambda: _everything("jax"),
     "bool (L, S), empty rows": lambda: _dense((133, 260)),

@@ -208,6 +208,17 @@ def same_segment(query_ids: Any, key_ids: Any) -> Array:
     return ((query_ids[:, :, None] == key_ids[:, None, :]) & (query_ids[:, :, None] >= 0))[:, None]
 
 
+def packed(L: int, S: int, cu_q: Any, cu_k: Any, left: int = -1, right: int = -1, used_q: Any = None, used_k: Any = None) -> Array:
+    """(L, S): each sequence's own square, a band of it that is aligned to its bottom right; of it the used queries and keys."""
+    keep = np.zeros((L, S), bool)
+    for n in range(len(cu_q) - 1):
+        queries = cu_q[n + 1] - cu_q[n] if used_q is None else used_q[n]
+        keys = cu_k[n + 1] - cu_k[n] if used_k is None else used_k[n]
+        square = band(queries, keys, left, right, keys - queries)
+        keep[cu_q[n] : cu_q[n] + queries, cu_k[n] : cu_k[n] + keys] = square
+    return keep
+
+
 # --- torch
 
 

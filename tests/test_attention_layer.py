@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_sdpa import dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths
 from jax_sdpa.nn import Attention, KVCache, MeshAxes, Rope, positions_in_segments
@@ -328,6 +329,23 @@ def test_scan_over_layers_with_their_caches():
     for i in range(3):
         x = x + nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))(x)
     np.testing.assert_allclose(jnp.concatenate(out, 1), x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("L", "window"), [(1, None), (1, 1024), (64, None)], ids=str)
+def test_a_step_writes_a_donated_cache_in_place_and_copies_none_of_it(L, window):
+    """Plain cache and ring; a chunk on a ring is the exception: it unrolls the ring."""
+
+    def step(cache, q, k, v):
+        cache, view = cache.extend(k, v, Chunk.of(8, L), window)
+        return cache, dot_product_attention(q, view.key, view.value, mask=view.mask)
+
+    cache = jax.eval_shape(lambda: KVCache.empty(8, 4096, 4, 128, window=window))
+    q, k = (jax.ShapeDtypeStruct((8, L, heads, 128), jnp.float32) for heads in (16, 4))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        memory = jax.jit(step, donate_argnums=0).lower(cache, q, k, k).compile().memory_analysis()
+    size = 2 * 8 * cache.slots * 4 * 128 * 4
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 4
 
 
 def test_decode_inside_one_loop():

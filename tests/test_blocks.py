@@ -40,7 +40,7 @@ def blocks(monkeypatch):
 IN_BLOCKS = [
     "plain 129x127", "causal 257x129", "lower right 300x129, a whole block of rows empty",
     "offset per batch element, also negative and beyond S", "window 17,4 with offsets", "key lengths 0, 1, 255, 256, 257, 300",
-    "query lengths", "segments out of order, L != S", "everything, torch's face", "everything, JAX's face", "bias (L, S), -inf rows",
+    "query lengths", "segments out of order, L != S", "boundaries, window, L != S, some used", "everything, torch's face", "everything, JAX's face", "bias (L, S), -inf rows",
     "bias (B, H, L, S) and bool (B, 1, 1, S)", "grouped, bias per query head", "sinks with empty rows",
     "bias that drifts, so that the maximum moves in every block",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_sdpa
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
-from jax_sdpa.attention.bias import KeyLengths, causal
+from jax_sdpa.attention.bias import KeyLengths, Packed, causal
 from jax_sdpa.device import assume_device
 
 def mesh_of(gpus):
@@ -48,12 +48,13 @@ def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
 more = {
-    "bool": array(B, 1, L, L, dtype=jnp.bool_), "bias": array(B, H, L, L), "lengths": array(B, dtype=jnp.int32)
+    "bool": array(B, 1, L, L, dtype=jnp.bool_), "bias": array(B, H, L, L), "lengths": array(B, dtype=jnp.int32),
+    "packed": array(65, dtype=jnp.int32),
 }.get(kind, array(1))
 
 def call(q, more):
     mask = {"causal": causal(), "causal dropout": causal(), "bool": more, "bias": more}.get(kind)
-    mask = KeyLengths(more) if kind == "lengths" else mask
+    mask = KeyLengths(more) if kind == "lengths" else Packed(more, right=0) if kind == "packed" else mask
     drop = dict(dropout_p=0.1, dropout_rng=jax.random.key(0)) if "dropout" in kind else {}
     return jax_sdpa.scaled_dot_product_attention(q, q, q, mask, **drop)
 
@@ -91,7 +92,7 @@ SPILLS = {(LONG, 128, "dropout"): 4, (SHORT, 256, "full"): 24}  # bytes of spill
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "E", "kind"), [*CLEAN, (LONG, 128, "lengths")], ids=str)
+@pytest.mark.parametrize(("shape", "E", "kind"), [*CLEAN, (LONG, 128, "lengths"), (LONG, 128, "packed")], ids=str)
 def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
     text = run(tmp_path, PROGRAM, *shape, E, kind)
     spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
@@ -99,7 +100,7 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
     assert max(spills) <= SPILLS.get((shape, E, kind), 0)
     assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
     batch, _, length = shape
-    copies = {"bool": batch * length * length // 4}  # two bits a score, while it is packed
+    copies = {"bool": batch * length * length // 4, "packed": 2 * 8 * length * E}  # two bits a score, while packed; the values
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     assert temporaries <= copies.get(kind, 0) + 2**20, temporaries
 

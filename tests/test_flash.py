@@ -66,8 +66,8 @@ def hold(name, problem, got):
 
 SOME = [
     "plain 1x1", "plain 7x1", "plain 127x129", "lower right, first rows empty", "offset per batch element, also negative and beyond S",
-    "key lengths with left padding", "segments out of order, L != S", "everything, torch's face", "everything, JAX's face",
-    "bool (B, H, L, 1)", "bool (B, 1, 1, S)", "bias (L, S), -inf rows", "bias (B, H, L, S) and bool (B, 1, 1, S)", "Hk 2, Hv 3",
+    "key lengths with left padding", "segments out of order, L != S",
+    "boundaries, window, L != S, some used", "everything, torch's face", "everything, JAX's face", "bool (B, H, L, 1)", "bool (B, 1, 1, S)", "bias (L, S), -inf rows", "bias (B, H, L, S) and bool (B, 1, 1, S)", "Hk 2, Hv 3",
     "traced negative scale", "sink of -inf", "bias that drifts, so that the maximum moves in every block",
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ LAYERS = [
     BENEATH,
     {"implementations"},
     {"dispatch", "primitive", "partition"},
-    {"check", "functional", "attention", "remat"},
+    {"check", "check_varlen", "functional", "attention", "remat"},
     {"sharding"},
     {"nn", "compare", "examples", "backends"},
 ]
@@ -113,7 +113,8 @@ def test_importing_the_package_starts_no_backend():
 PUBLIC = {
     "jax_sdpa": {"scaled_dot_product_attention", "dot_product_attention", "explain"},
     "jax_sdpa.attention": {"SDPBackend", "sdpa_kernel", "WARN_FOR_UNFUSED_KERNELS"},
-    "jax_sdpa.attention.bias": {"CausalVariant", "CausalBias", "causal_upper_left", "causal_lower_right", "causal", "sliding_window", "SegmentIds", "KeyLengths"},
+    "jax_sdpa.attention.bias": {"CausalVariant", "CausalBias", "causal_upper_left", "causal_lower_right", "causal", "sliding_window", "SegmentIds", "KeyLengths", "Packed"},
+    "jax_sdpa.attention.varlen": {"AuxRequest", "varlen_attn"},
     "jax_sdpa.backends.cuda": {
         *(f"enable_{kind}_sdp" for kind in ("flash", "mem_efficient", "math", "cudnn")),
         *(f"{kind}_sdp_enabled" for kind in ("flash", "mem_efficient", "math", "cudnn")),
@@ -136,7 +137,7 @@ def test_public_names(name):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["torch.nn.attention", "torch.nn.attention.bias"])
+@pytest.mark.parametrize("name", ["torch.nn.attention", "torch.nn.attention.bias", "torch.nn.attention.varlen"])
 def test_torchs_names_have_torchs_meaning(name):
     theirs, ours = importlib.import_module(name), importlib.import_module(name.replace("torch.nn", "jax_sdpa"))
     for shared in set(theirs.__all__) & PUBLIC[ours.__name__]:
@@ -175,7 +176,16 @@ def test_packages_are_typed_and_documented(package):
 
 def test_no_assert_on_user_input():
     """Contract 4: errors are TypeError and ValueError. `check` has no assert, nor have the masks."""
-    for name in ("check", "masks/base", "masks/positions", "masks/segments", "functional", "attention/__init__", "attention/bias"):
+    for name in (
+        "check",
+        "masks/base",
+        "masks/packed",
+        "masks/positions",
+        "masks/segments",
+        "functional",
+        "attention/__init__",
+        "attention/bias",
+    ):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], name
 
@@ -195,10 +205,12 @@ def test_docstring_examples_hold():
     for name in (
         "jax_sdpa.functional",
         "jax_sdpa.masks.base",
+        "jax_sdpa.masks.packed",
         "jax_sdpa.masks.positions",
         "jax_sdpa.masks.segments",
         "jax_sdpa.attention",
         "jax_sdpa.attention.bias",
+        "jax_sdpa.attention.varlen",
         "jax_sdpa.device",
         "jax_sdpa.dropout",
         "jax_sdpa.remat",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import band, lengths, same_segment
+from oracle import band, lengths, packed, same_segment
 
 from jax_sdpa import scaled_dot_product_attention
 from jax_sdpa.attention import bias as bias_module
@@ -19,6 +19,7 @@ from jax_sdpa.attention.bias import (
     CausalVariant,
     Dense,
     KeyLengths,
+    Packed,
     QueryLengths,
     SegmentIds,
     causal,
@@ -26,7 +27,7 @@ from jax_sdpa.attention.bias import (
     causal_upper_left,
     sliding_window,
 )
-from jax_sdpa.masks import EVERYTHING, as_mask, conjunction
+from jax_sdpa.masks import EVERYTHING, KeyRanges, as_mask, conjunction
 
 
 def picture(text):
@@ -53,6 +54,22 @@ PICTURES = {
     "length and start": (KeyLengths(3, 1), "0 1 1 0\n0 1 1 0"),
     "query length": (QueryLengths(1), "1 1 1\n0 0 0"),
     "query length and start": (QueryLengths(2, 1), "0 0 0\n1 1 1\n0 0 0"),
+    "ranges": (KeyRanges(jnp.array([0, 1, 3]), jnp.array([2, 3, 3])), "1 1 0 0\n0 1 1 0\n0 0 0 0"),
+    "packed": (Packed(jnp.array([0, 2, 2, 3])), "1 1 0 0\n1 1 0 0\n0 0 1 0\n0 0 0 0"),
+    "packed, causal, from token 1 on": (Packed(jnp.array([1, 3, 4]), right=0), "0 0 0 0\n0 1 0 0\n0 1 1 0\n0 0 0 1"),
+    "packed, more keys than queries, causal": (
+        Packed(jnp.array([0, 1, 3]), jnp.array([0, 2, 5]), right=0),
+        "1 1 0 0 0\n0 0 1 1 0\n0 0 1 1 1",
+    ),
+    "packed, more queries than keys, window": (
+        Packed(jnp.array([0, 3, 4]), jnp.array([0, 2, 3]), left=0, right=0),
+        "0 0 0\n1 0 0\n0 1 0\n0 0 1",
+    ),
+    "packed, of which some are used": (
+        Packed(jnp.array([0, 2, 3]), jnp.array([0, 3, 5]), right=0, used_k=jnp.array([2, 1])),
+        "1 0 0 0 0\n1 1 0 0 0\n0 0 0 1 0",
+    ),
+    "packed & window": (Packed(jnp.array([0, 2, 3])) & sliding_window(0, -1), "1 1 0\n0 1 0\n0 0 1"),
     "dense": (Dense(jnp.array([[True, False, True]])), "1 0 1"),
     "causal & window": (causal() & sliding_window(1, -1), "1 0 0 0\n1 1 0 0\n0 1 1 0\n0 0 1 1"),
     "causal & segments & lengths": (
@@ -99,10 +116,20 @@ def test_and_is_the_conjunction_and_keeps_order():
 ints = st.integers
 
 
+def draw_packed(draw, L, S):
+    """(a mask of packed sequences, its picture by the oracle)."""
+    N, distance = 3, ints(-1, 6)
+    cu_q, cu_k = (np.sort(draw(st.lists(ints(0, size), min_size=N + 1, max_size=N + 1))) for size in (L, S))
+    used_q, used_k = (draw(st.none() | st.just([draw(ints(0, int(slots))) for slots in np.diff(cu)])) for cu in (cu_q, cu_k))
+    left, right = draw(distance), draw(distance)
+    arrays = (None if x is None else jnp.asarray(x, jnp.int32) for x in (used_q, used_k))
+    return Packed(jnp.asarray(cu_q), jnp.asarray(cu_k), left, right, *arrays), packed(L, S, cu_q, cu_k, left, right, used_q, used_k)
+
+
 def draw_mask(draw, L, S):
     """Any structured mask without batch dims, or a conjunction of two."""
     distance, place = ints(-1, 9), ints(-25, 25)
-    kind = draw(st.sampled_from(["band", "traced band", "lengths", "query lengths", "segments", "causal bias", "and"]))
+    kind = draw(st.sampled_from(["band", "traced band", "lengths", "query lengths", "segments", "ranges", "causal bias", "and"]))
     if kind == "band":
         return Band(draw(distance), draw(distance), draw(place))
     if kind == "traced band":
@@ -117,6 +144,9 @@ def draw_mask(draw, L, S):
             return jnp.asarray(draw(st.lists(ints(-1, 3), min_size=n, max_size=n)), jnp.int32)
 
         return SegmentIds(ids(L), ids(S))
+    if kind == "ranges":
+        ends = np.sort([draw(st.lists(ints(0, S), min_size=L, max_size=L)) for _ in range(2)])
+        return KeyRanges(jnp.asarray(ends.min(0)), jnp.asarray(ends.max(0)), S)
     if kind == "causal bias":
         return CausalBias(draw(st.sampled_from(CausalVariant)), L, S)
     return draw_mask(draw, L, S) & draw_mask(draw, L, S)
@@ -163,6 +193,40 @@ def test_a_part_of_a_call_sees_what_the_call_keeps_there(data):
     for places in ((q0, k0), (jnp.int32(q0), jnp.int32(k0))):
         found = part.seen_from(*places).materialise(L - q0, S - k0)
         np.testing.assert_array_equal(np.broadcast_to(found, (1, 1, *keep.shape))[0, 0], keep)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_packed_masks_are_their_picture_and_so_are_their_ranges(data):
+    """As given, transposed, and as the call sees them; keys that nobody sees are known exactly, and ranges are no wider than rows."""
+    L, S = 9, 11  # one shape: what runs eagerly is compiled once
+    mask, keep = data.draw(st.composite(draw_packed)(L, S))
+    (ranges,) = mask.parts(L, S)
+    for same in (mask, ranges, mask.transposed().transposed(), ranges.transposed().transposed(), ranges.padded(3, 5)):
+        np.testing.assert_array_equal(same.materialise(L, S), keep)
+    assert not np.asarray(ranges.padded(3, 5).materialise(L + 3, S))[L:].any()
+    q0, k0 = data.draw(ints(0, L - 1)), data.draw(ints(0, S - 1))
+    part = ranges.local(lambda x: x, lambda x: x[q0:], lambda x: x[k0:]).seen_from(q0, k0)
+    np.testing.assert_array_equal(part.materialise(L - q0, S - k0), keep[q0:, k0:])
+    np.testing.assert_array_equal(part.transposed().materialise(S, L - q0)[: S - k0], keep[q0:, k0:].T)
+    np.testing.assert_array_equal(mask.key_valid(L, S), keep.any(0))
+    lo, hi = data.draw(ints(0, L - 1)), data.draw(ints(1, L + 4))
+    seen = np.flatnonzero(keep[lo : max(hi, lo + 1)].any(0))
+    start, stop = ranges.kv_range(lo, max(hi, lo + 1), L, S)
+    assert seen.size == 0 or (start <= seen[0] and stop > seen[-1])
+    first, last = (np.flatnonzero(keep[row]) for row in (lo, min(max(hi, lo + 1), L) - 1))
+    if first.size and last.size:
+        assert (start, stop) == (first[0], last[-1] + 1)
+        assert ranges.full_range(lo, max(hi, lo + 1), L, S) == (last[0], max(first[-1] + 1, last[0]))
+
+
+def test_packed_masks_have_batch_dims():
+    mask = Packed(jnp.array([[0, 2, 5], [1, 3, 4]]), jnp.array([[0, 3, 7], [0, 4, 5]]), right=0, used_k=jnp.array([2, 1]))
+    pictures = [packed(6, 8, cu_q, cu_k, -1, 0, None, [2, 1]) for cu_q, cu_k in zip(mask.cu_seq_q, mask.cu_seq_k, strict=True)]
+    for same in (mask, mask.parts(6, 8)[0]):
+        np.testing.assert_array_equal(same.materialise(6, 8), np.stack(pictures)[:, None])
+    turned = mask.parts(6, 8)[0].transposed().materialise(8, 6)
+    np.testing.assert_array_equal(turned, np.stack(pictures)[:, None].swapaxes(-1, -2))
 
 
 def test_key_valid_hides_what_nobody_sees():
@@ -236,7 +300,8 @@ def test_keep_is_plain_arithmetic_for_numpy_jit_and_traced_positions():
 VALUES = [
     causal(), sliding_window(3, 1, 4), causal(jnp.array([1, 2])), KeyLengths(jnp.array([1, 2])), KeyLengths(jnp.array([3, 3]), jnp.array([1, 2])),
     QueryLengths(jnp.array([1, 2])), SegmentIds(jnp.zeros((2, 4), int), jnp.zeros((2, 4), int)), Dense(jnp.ones((2, 1, 1, 4), bool)),
-    causal_lower_right(4, 4), causal() & KeyLengths(jnp.array([1, 2])),
+    causal_lower_right(4, 4), causal() & KeyLengths(jnp.array([1, 2])), KeyRanges(jnp.array([0, 0, 1, 2]), jnp.array([1, 2, 3, 4])),
+    Packed(jnp.array([0, 2, 4]), left=1, used_k=jnp.array([1, 2])),
 ]  # fmt: skip
 
 
@@ -315,6 +380,14 @@ ERRORS = {
     "query lengths float": (lambda: QueryLengths(jnp.ones(2)), TypeError, "lengths must be an integer array"),
     "segments float": (lambda: SegmentIds(jnp.ones(4)), TypeError, r"SegmentIds.query must be an integer array"),
     "segments scalar": (lambda: SegmentIds(jnp.asarray(4)), ValueError, "one id per position"),
+    "ranges float": (lambda: KeyRanges(jnp.ones(4), jnp.ones(4)), TypeError, r"KeyRanges.first must be an integer array"),
+    "sizes of ranges": (lambda: scaled_dot_product_attention(ONES, ONES, ONES, KeyRanges(jnp.zeros(5, int), jnp.zeros(5, int))), ValueError, "one range per query, 4 here"),
+    "ranges without a number of keys": (lambda: KeyRanges(jnp.zeros(4, int), jnp.zeros(4, int)).transposed(), ValueError, "needs keys=S"),
+    "boundaries float": (lambda: Packed(jnp.ones(4)), TypeError, r"Packed.cu_seq_q must be an integer array"),
+    "boundaries scalar": (lambda: Packed(jnp.asarray(4)), ValueError, r"cu_seq_q must have shape \(batch..., N \+ 1\)"),
+    "boundaries of other sequences": (lambda: Packed(jnp.arange(4), jnp.arange(3)), ValueError, r"Packed.cu_seq_k must have shape \(batch..., N \+ 1\), N = 3 sequences"),
+    "used of other sequences": (lambda: Packed(jnp.arange(4), used_k=jnp.arange(4)), ValueError, r"Packed.used_k must have shape \(batch..., N\), N = 3 sequences"),
+    "window of packed sequences": (lambda: Packed(jnp.arange(4), left=-2), ValueError, "left must be an int >= -1"),
     "combined with an int array": (lambda: causal() & jnp.ones((2, 2), int), TypeError, "bool or float arrays, got int32"),
     "combined with a list": (lambda: causal() & [True], TypeError, "bool or float arrays, got list"),
     "combined from the left": (lambda: np.ones((2, 2), int) & causal(), TypeError, "bool or float arrays, got int"),
@@ -349,3 +422,14 @@ def test_a_tile_asks_a_mask_that_holds_its_own_numbers_and_ids():
         )
         got = local.keep(np.arange(6)[rows, None], np.arange(6)[None, columns])
         np.testing.assert_array_equal(got, whole[b, 0, rows, columns])
+
+
+def test_a_tile_of_ranges_may_count_keys_from_its_own_first_one():
+    from pallas_kernels.contracts import Ids
+
+    mask = Packed(jnp.array([[0, 3, 6], [0, 1, 5]]), right=0).parts(6, 6)[0]
+    whole = mask.materialise(6, 6)
+    for b, rows, start in ((0, slice(1, 5), 2), (1, slice(0, 6), 0)):
+        local = mask.local(None, lambda x, b=b, r=rows: Ids(x[b, r, None]), None)
+        got = local.moved(start).keep(np.arange(6)[rows, None] - start, np.arange(6 - start)[None])
+        np.testing.assert_array_equal(got, whole[b, 0, rows, start:])

@@ -8,7 +8,7 @@ import pytest
 
 from jax_sdpa import dot_product_attention, explain, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
-from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from jax_sdpa.attention.bias import KeyLengths, Packed, SegmentIds, causal, sliding_window
 
 shape = jax.ShapeDtypeStruct
 
@@ -70,6 +70,39 @@ def test_memory_grows_linearly(name, grad):
     assert large < 8 * 1.3 * small + 2**20
 
 
+def steps(L, layout, dtype):
+    """Calls of L queries a sequence on a cache of 8 sequences of 4099 slots (which no block divides) and 4 heads; 16 query heads."""
+    slots, n = 4099, shape((8,), jnp.int32)
+    q, k = (
+        shape((8, heads, length, 128) if layout == "BHLE" else (8, length, heads, 128), dtype)
+        for heads, length in ((16, L), (4, slots))
+    )
+
+    def call(mask):
+        if layout == "BHLE":
+            return lambda q, k, v, *n: scaled_dot_product_attention(q, k, v, mask(*n), enable_gqa=True)
+        return lambda q, k, v, *n: dot_product_attention(q, k, v, mask=mask(*n))
+
+    return {
+        "plain": (call(lambda n: causal(n - L) & KeyLengths(n)), q, k, k, n),
+        "window": (call(lambda n: sliding_window(1023, 0, n - L) & KeyLengths(n)), q, k, k, n),
+        "ring": (call(lambda n: KeyLengths(jnp.minimum(n, slots))), q, k, k, n),
+        "left-padded": (call(lambda n, starts: causal(n - L) & KeyLengths(n, starts)), q, k, k, n, n),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("L", "dtype", "layout"),
+    [(1, "float32", "BHLE"), (1, "float32", "BLHE"), (1, "bfloat16", "BLHE"), (4, "float16", "BHLE"), (64, "float32", "BLHE")],
+    ids=str,
+)
+def test_a_step_on_a_cache_holds_nothing_of_the_caches_size(L, dtype, layout):
+    """Decode, a few tokens, a chunk: no copy of keys or values, padded, cleared or transposed."""
+    for name, (call, *args) in steps(L, layout, jnp.dtype(dtype)).items():
+        cache = 2 * 8 * 4099 * 4 * 128 * jnp.dtype(dtype).itemsize
+        assert temporaries(call, *args, grad=False) < cache / 10, name
+
+
 def test_a_dense_float_mask_costs_its_own_gradient_and_no_more():
     """(L, S) is what the caller brought; beside it nothing of that size is held."""
     length = 4096
@@ -103,7 +136,7 @@ def test_empty_blocks_are_skipped_not_computed_and_thrown_away():
     q = jax.random.normal(jax.random.key(0), (1, 1, length, 64))
     kinds = {
         "full": None, "causal": causal(), "window": sliding_window(256, 0), "short": KeyLengths(jnp.array([500])),
-        "segments": SegmentIds(jnp.arange(length) // 512),
+        "segments": SegmentIds(jnp.arange(length) // 512), "packed": Packed(jnp.arange(9) * 512),
     }  # fmt: skip
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         programs = {
@@ -118,4 +151,4 @@ def test_empty_blocks_are_skipped_not_computed_and_thrown_away():
             best[name] = min(best[name], time.perf_counter() - start)
     share = {name: seconds / best["full"] for name, seconds in best.items()}
     assert share["causal"] < 0.8, share
-    assert max(share["window"], share["short"], share["segments"]) < 0.5, share
+    assert max(share["window"], share["short"], share["segments"], share["packed"]) < 0.5, share

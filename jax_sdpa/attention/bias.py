@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from jax_sdpa.masks import And, Band, Dense, Index, KeyLengths, Mask, QueryLengths, SegmentIds, causal, sliding_window
+from jax_sdpa.masks import And, Band, Dense, Index, KeyLengths, Mask, Packed, QueryLengths, SegmentIds, causal, sliding_window
 
 __all__ = [
     "And",
@@ -15,6 +15,7 @@ __all__ = [
     "Dense",
     "KeyLengths",
     "Mask",
+    "Packed",
     "QueryLengths",
     "SegmentIds",
     "causal",

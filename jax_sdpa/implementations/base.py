@@ -25,6 +25,10 @@ class Implementation:
         """Every reason, in plain sentences, why this backend can't run the request on the device; reads shapes and dtypes only."""
         raise NotImplementedError
 
+    def is_batch_invariant(self, request: SdpaRequest) -> bool:
+        """Whether a sequence of the request gets the same bits alone and in any batch."""
+        return False
+
     def for_device(self, device: Device) -> Implementation:
         """This backend as it runs on the device."""
         return self

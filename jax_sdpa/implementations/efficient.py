@@ -21,20 +21,41 @@ from jax_sdpa.device import Device
 from jax_sdpa.implementations import efficient_backward, plans, scores
 from jax_sdpa.implementations.base import Implementation, Tangents
 from jax_sdpa.implementations.chunks import Chunks, as_bits, from_bits, loop
-from jax_sdpa.implementations.tiles import Tiles, blocks_to_visit, loop_over_keys, pad, pieces
+from jax_sdpa.implementations.tiles import Tiles, block_at, blocks_to_visit, loop_over_keys, pad, pieces
 from jax_sdpa.request import SdpaRequest
 
 hold = lax.optimization_barrier  # keeps XLA from recomputing a tile in each of its consumers, and from fusing what is faster apart
 
 
-def attention(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of a request, by one of the two walks."""
-    padded = request if plan.whole else pad(request, plan.block_q, plan.block_k)
-    out, lse = _walk(padded, plan, _store, _no_keys(padded))
+def attention(request: SdpaRequest, plan: plans.Plan, seen: Any = None) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of a request, by one of the two walks; seen: `scores.seen` of it, None: all values are numbers."""
+    padded = _padded(request, plan)
+    out, lse = _walk(padded, plan, _store, _no_keys(padded), seen)
     out = from_bits(out, request.query.dtype)
     if padded is request:
         return out, lse
     return lax.slice_in_dim(out, 0, request.query_len, axis=request.length_axis), lse[:, :, : request.query_len]
+
+
+def decode(request: SdpaRequest, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of a step with few rows and traced ranges of keys: in place where these are most of the keys, else by `plan`.
+
+    What is hidden is read in place as well. Its scores are selected away, and a value that is a number counts nothing, as its
+    weight is 0. One that is none makes a result that is none: then, too, the call goes by blocks, which clear such values.
+    """
+    L, S = request.query_len, request.key_len
+    lo, hi = request.mask.kv_range(0, L, L, S)
+    visited = jnp.mean(jnp.asarray(hi - lo, jnp.float32))
+
+    def all_at_once() -> tuple[jax.Array, jax.Array]:
+        return attention(request, plans.in_place(request))
+
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        lse_dtype = scores.compute_dtype(request)
+        return jnp.full(request.out_shape, jnp.nan, request.query.dtype), jnp.zeros(request.lse_shape, lse_dtype)
+
+    out, lse = lax.cond(visited > S / 2, all_at_once, nothing)
+    return lax.cond(jnp.isfinite(out).all(), lambda: (out, lse), lambda: attention(request, plan, scores.seen(request)))
 
 
 def row_sums(request: SdpaRequest, lse: jax.Array, plan: plans.Plan) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +68,7 @@ def row_sums(request: SdpaRequest, lse: jax.Array, plan: plans.Plan) -> tuple[ja
     if request.bias is None or request.spec.part:  # whoever takes a softmax apart keeps its lse small (`sharding.ring`)
         return ordinary
     one = dataclasses.replace(request, value=request.value[..., :1], dropout_seeds=None)
-    padded = one if plan.whole else pad(one, plan.block_q, plan.block_k)
+    padded = _padded(one, plan)
 
     def again() -> tuple[jax.Array, jax.Array]:
         shape, dtype = padded.lse_shape, lse.dtype
@@ -65,8 +86,18 @@ LARGE_LSE = 256.0  # the step of float32 there is 3e-5: as much error in p as an
 Store = Callable[[Chunks, Any, Any, jax.Array, jax.Array, jax.Array, Any], Any]
 
 
-def _walk(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any) -> Any:
-    return (_by_whole_rows if plan.whole else _by_blocks)(request, plan, store, carry)
+def _padded(request: SdpaRequest, plan: plans.Plan) -> SdpaRequest:
+    """Whole blocks of rows; keys are not copied for the sake of their last block, unless their number is symbolic."""
+    if plan.whole:
+        return request
+    return pad(request, plan.block_q, plan.block_k if compat.is_symbolic(request.key_len) else 1)
+
+
+def _walk(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any, seen: Any = None) -> Any:
+    """carry after every row block is stored. seen: (B|1, S) bool, the keys of which values must be numbers; None: all are."""
+    if seen is not None and seen.shape[1] != request.key_len:
+        seen = lax.pad(seen, jnp.asarray(False), ((0, 0, 0), (0, request.key_len - seen.shape[1], 0)))
+    return (_by_whole_rows if plan.whole else _by_blocks)(request, Chunks(request, plan.nb, plan.nh, seen), plan, store, carry)
 
 
 def _no_keys(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
@@ -90,9 +121,8 @@ def _store_sums(chunks: Chunks, c: Any, q0: Any, m: jax.Array, l: jax.Array, acc
     return chunks.put_row(carry[0], m, c, q0), chunks.put_row(carry[1], l, c, q0)
 
 
-def _by_whole_rows(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any) -> Any:
+def _by_whole_rows(request: SdpaRequest, chunks: Chunks, plan: plans.Plan, store: Store, carry: Any) -> Any:
     """Each row block against its whole range of keys, in pieces of which only the partial ones are masked."""
-    chunks = Chunks(request, plan.nb, plan.nh)
     tiles = Tiles(chunks)
     L = request.query_len
     for q0 in range(0, L, plan.block_q):
@@ -105,7 +135,7 @@ def _by_whole_rows(request: SdpaRequest, plan: plans.Plan, store: Store, carry: 
             shared = chunks.shared(c)
             lo, hi = ranges[0][0], ranges[-1][1]
             rows, keys = chunks.rows(c, shared, q0, bq), chunks.keys(c, lo, hi - lo)
-            values = chunks.take(request.value, c, lo, hi - lo)
+            values = chunks.values(c, lo, hi - lo, any(masked for _, _, masked in ranges))
             s = hold([tiles.scores(shared, rows, keys[:, a - lo : b - lo], q0, a, masked) for a, b, masked in ranges])
             m, l = tiles.first_state(shared, bq)
             for tile in s:
@@ -123,9 +153,8 @@ def _by_whole_rows(request: SdpaRequest, plan: plans.Plan, store: Store, carry: 
     return carry
 
 
-def _by_blocks(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any) -> Any:
+def _by_blocks(request: SdpaRequest, chunks: Chunks, plan: plans.Plan, store: Store, carry: Any) -> Any:
     """Loops over row blocks and the key blocks that their mask leaves to visit, with an online softmax."""
-    chunks = Chunks(request, plan.nb, plan.nh)
     tiles = Tiles(chunks)
     bq, bk = plan.block_q, plan.block_k
     R = request.group
@@ -139,12 +168,13 @@ def _by_blocks(request: SdpaRequest, plan: plans.Plan, store: Store, carry: Any)
 
             def step(j: Any, state: Any, masked: bool) -> Any:
                 m, l, acc = state
-                s = tiles.scores(shared, rows, chunks.keys(c, j * bk, bk), q0, j * bk, masked)
+                k0, after = block_at(request, j, bk)
+                s = tiles.scores(shared, rows, chunks.keys(c, k0, bk), q0, k0, masked, after)
                 m_new = jnp.maximum(m, s.max(-1))
                 p = jnp.exp(s - m_new[..., None])
                 shrink = jnp.exp(m - m_new)
-                values = chunks.take(request.value, c, j * bk, bk)
-                acc = acc * shrink[..., None] + tiles.products.times(tiles.drop(shared, p, q0, j * bk), values)
+                values = chunks.values(c, k0, bk, masked)
+                acc = acc * shrink[..., None] + tiles.products.times(tiles.drop(shared, p, q0, k0), values)
                 return m_new, l * shrink + p.sum(-1), acc
 
             state = (*tiles.first_state(shared, bq), jnp.zeros((chunks.n, R * bq, request.value_head_dim), chunks.dtype))
@@ -184,7 +214,10 @@ class Efficient(Implementation):
         return plans.cpu_plan(request, direction) if self.on_cpu else plans.wide_plan(request)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
-        return attention(sanitised(request), self._plan(request, "forward"))
+        plan = self._plan(request, "forward")
+        if self.on_cpu and not plan.whole and request.masks and plans.reads_in_place(request):
+            return decode(request, plan)
+        return attention(request, plan, scores.seen(request))
 
     def row_sums(self, request: SdpaRequest, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`row_sums` by this device's plan."""

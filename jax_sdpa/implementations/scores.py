@@ -76,12 +76,17 @@ def survivors(request: SdpaRequest, q0: Any, bq: Any, k0: Any, bk: Any, dtype: A
     return jnp.where(keep, jnp.asarray(1 / (1 - p), dtype), jnp.zeros((), dtype))
 
 
+def seen(request: SdpaRequest) -> Any:
+    """(B|1, S) bool: the keys that the structured masks let some query see; None where that is all of them."""
+    valid = request.mask.key_valid(request.query_len, request.key_len) if request.masks else None
+    return valid if valid is None or valid.ndim == 2 else valid[None]
+
+
 def seen_only(request: SdpaRequest, x: jax.Array) -> jax.Array:
     """Keys or values with zeros in place of those that a structured mask hides from every query: they may hold NaN."""
-    valid = request.mask.key_valid(request.query_len, request.key_len) if request.masks else None
+    valid = seen(request)
     if valid is None:
         return x
-    valid = valid if valid.ndim == 2 else valid[None]  # (B|1, S)
     shape = (valid.shape[0], 1, 1, 1)
     shape = tuple(request.key_len if axis == request.length_axis else size for axis, size in enumerate(shape))
     return jnp.where(jnp.reshape(valid, shape), x, jnp.zeros((), x.dtype))

@@ -34,12 +34,18 @@ class Tiles:
         R = self.chunks.request.group
         return (tile.shape[2] // R, tile.shape[1]) if by_key else (tile.shape[1] // R, tile.shape[2])
 
-    def masked(self, shared: SdpaRequest, s: jax.Array, q0: Any, k0: Any, masked: bool, by_key: bool = False) -> jax.Array:
-        """Scores with bias and dense masks added and, unless the tile is FULL, structured masks applied."""
+    def masked(
+        self, shared: SdpaRequest, s: jax.Array, q0: Any, k0: Any, masked: bool, by_key: bool = False, after: Any = None
+    ) -> jax.Array:
+        """Scores with bias and dense masks added and, unless the tile is FULL, structured masks applied; `after`: no key before."""
         bq, bk = self._lengths(s, by_key)
         if (addend := scores.addend(shared, q0, bq, k0, bk, s.dtype)) is not None:
             s = self.chunks.apply(jnp.add, s, addend, by_key)
-        if masked and (kept := scores.kept(shared, q0, bq, k0, bk)) is not None:
+        kept = scores.kept(shared, q0, bq, k0, bk) if masked else None
+        if masked and after is not None:
+            new = (k0 + lax.broadcasted_iota(jnp.int32, (1, bk), 1) >= after)[None, None]
+            kept = new if kept is None else kept & new
+        if kept is not None:
             s = self.chunks.apply(lambda tile, kept: jnp.where(kept, tile, -jnp.inf), s, kept, by_key)
         return s
 
@@ -48,10 +54,12 @@ class Tiles:
         product = self.products.by_transpose(keys, rows) if by_key else self.products.rows_by_keys(rows, keys)
         return scaled(product, self.chunks.factors.scores)
 
-    def scores(self, shared: SdpaRequest, rows: jax.Array, keys: jax.Array, q0: Any, k0: Any, masked: bool) -> jax.Array:
+    def scores(
+        self, shared: SdpaRequest, rows: jax.Array, keys: jax.Array, q0: Any, k0: Any, masked: bool, after: Any = None
+    ) -> jax.Array:
         """The finished scores of rows (n, R * bq, E), scaled already, against keys (n, bk, E): (n, R * bq, bk)."""
         s, _ = scores.cap(shared, self.logits(rows, keys))
-        return self.masked(shared, s, q0, k0, masked)
+        return self.masked(shared, s, q0, k0, masked, after=after)
 
     def drop(self, shared: SdpaRequest, p: jax.Array, q0: Any, k0: Any, by_key: bool = False) -> jax.Array:
         """Probabilities (or their cotangents) after dropout."""
@@ -73,9 +81,12 @@ class Tiles:
 
 
 def pieces(request: SdpaRequest, q0: int, bq: int) -> list[tuple[int, int, bool]]:
-    """The static key range of a row block as [(start, end, masked), …]; empty if no row of it sees a key."""
+    """The static key range of a row block as [(start, end, masked), …]; empty if no row of it sees a key. All keys, masked, where
+    the range is not known while tracing."""
     L, S = request.query_len, request.key_len
     lo, hi = request.mask.kv_range(q0, q0 + bq, L, S)
+    if not (isinstance(lo, int) and isinstance(hi, int)):
+        return [(0, S, True)]
     full_lo, full_hi = request.mask.full_range(q0, q0 + bq, L, S)
     if full_lo > lo:
         full_lo = -(-full_lo // ALIGN) * ALIGN
@@ -94,9 +105,10 @@ Visit = tuple[Any, Any, Any, Any]  # key blocks: first, first FULL, behind the l
 
 def blocks_to_visit(shared: SdpaRequest, q0: Any, bq: Any, bk: Any) -> Visit:
     """Which key blocks the rows [q0, q0 + bq) of a chunk visit, and which of those need no structured mask."""
-    blocks = shared.key_len // bk
+    S = shared.key_len
+    whole, blocks = S // bk, -(-S // bk)
     if not shared.masks:
-        return 0, 0, blocks, blocks
+        return 0, 0, whole, blocks
     block = (q0, q0 + bq, shared.query_len, shared.key_len)
     lo, hi = (_over(bound, jnp_reduce) for bound, jnp_reduce in zip(shared.mask.kv_range(*block), (jnp.min, jnp.max), strict=True))
     full_lo, full_hi = (
@@ -105,6 +117,13 @@ def blocks_to_visit(shared: SdpaRequest, q0: Any, bq: Any, bk: Any) -> Visit:
     first, last = lo // bk, jnp.where(hi > lo, (hi + bk - 1) // bk, lo // bk)
     full_first = jnp.clip((full_lo + bk - 1) // bk, first, last)
     return first, full_first, jnp.clip(full_hi // bk, full_first, last), last
+
+
+def block_at(request: SdpaRequest, j: Any, bk: Any) -> tuple[Any, Any]:
+    """(where the keys of block j begin, the first of them that is not the block's before): the last block ends with the keys, so
+    that nothing is padded. The second is None where S is a whole number of blocks."""
+    S = request.key_len
+    return (j * bk, None) if not isinstance(S, int) or S % bk == 0 else (jnp.minimum(j * bk, S - bk), j * bk)
 
 
 def _over(bound: Any, reduce: Callable[[Any], Any]) -> Any:
@@ -143,7 +162,9 @@ def pad(request: SdpaRequest, bq: Any, bk: Any) -> SdpaRequest:
         return x
 
     axis = request.length_axis
-    behind = KeyLengths(jnp.asarray(S, jnp.int32)[None] if compat.is_symbolic(S) else S)
+    masks = tuple(mask.padded(more_q, more_k) for mask in request.masks)
+    if not (isinstance(more_k, int) and more_k == 0):
+        masks = (*masks, KeyLengths(jnp.asarray(S, jnp.int32)[None] if compat.is_symbolic(S) else S))
     return dataclasses.replace(
         request,
         query=_pad_axis(request.query, axis, more_q),
@@ -151,5 +172,5 @@ def pad(request: SdpaRequest, bq: Any, bk: Any) -> SdpaRequest:
         value=_pad_axis(request.value, axis, more_k),
         bias=dense(request.bias),
         keep_mask=dense(request.keep_mask),
-        masks=(*(mask.padded(more_q, more_k) for mask in request.masks), behind),
+        masks=masks,
     )

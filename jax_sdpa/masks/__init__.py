@@ -14,6 +14,7 @@ dims where it holds arrays (a loop bound). A new kind of mask is one class here.
 from __future__ import annotations
 
 from jax_sdpa.masks.base import And, Dense, Index, Mask, as_mask
+from jax_sdpa.masks.packed import KeyRanges, Packed
 from jax_sdpa.masks.positions import Band, KeyLengths, QueryLengths, causal, sliding_window
 from jax_sdpa.masks.segments import SegmentIds
 
@@ -24,7 +25,9 @@ __all__ = [
     "Dense",
     "Index",
     "KeyLengths",
+    "KeyRanges",
     "Mask",
+    "Packed",
     "QueryLengths",
     "SegmentIds",
     "as_mask",

@@ -12,6 +12,20 @@ import jax.numpy as jnp
 from jax_sdpa.masks.base import Index, Mask, int32
 
 
+def at(ids: Any, index: Index) -> Any:
+    """Entries of an array (batch..., length), with a heads dim behind the batch dims."""
+    taken = ids[..., index]  # (batch..., *index.shape)
+    return taken if ids.ndim == 1 else jnp.expand_dims(taken, ids.ndim - 1)
+
+
+def longer(x: Any, more: Index, fill: Any) -> Any:
+    """x (batch..., length) with `more` entries behind; fill: a number, or an array (batch..., 1)."""
+    x = jnp.asarray(x)
+    wider = jax.lax.pad(x, jnp.asarray(0, x.dtype), [(0, 0, 0)] * (x.ndim - 1) + [(0, more, 0)])
+    here = jax.lax.broadcasted_iota(jnp.int32, wider.shape, x.ndim - 1) < x.shape[-1]
+    return jnp.where(here, wider, fill)
+
+
 @dataclasses.dataclass(frozen=True)
 class SegmentIds(Mask):
     """Packed sequences: query q sees the keys with its own id; a negative id is padding and takes part in nothing.
@@ -48,10 +62,7 @@ class SegmentIds(Mask):
         return (self,)
 
     def padded(self, more_q: Index, more_k: Index) -> Mask:
-        def longer(ids: Any, more: Index) -> Any:
-            return jax.lax.pad(jnp.asarray(ids), jnp.asarray(-1, ids.dtype), [(0, 0, 0)] * (ids.ndim - 1) + [(0, more, 0)])
-
-        return SegmentIds(longer(self.query, more_q), longer(self.key, more_k))
+        return SegmentIds(longer(self.query, more_q, -1), longer(self.key, more_k, -1))
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         return jax.tree.unflatten(jax.tree.structure(self), [by_query(self.query), by_key(self.key)])
@@ -62,13 +73,8 @@ class SegmentIds(Mask):
     def transposed(self) -> SegmentIds:
         return SegmentIds(self.key, self.query)
 
-    @staticmethod
-    def _at(ids: Any, index: Index) -> Any:
-        taken = ids[..., index]  # (batch..., *index.shape)
-        return taken if ids.ndim == 1 else jnp.expand_dims(taken, ids.ndim - 1)  # a heads dim behind the batch dims
-
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
-        q, k = self._at(self.query, q_idx), self._at(self.key, k_idx)
+        q, k = at(self.query, q_idx), at(self.key, k_idx)
         return (q == k) & (q >= 0)
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:

@@ -9,6 +9,7 @@ import jax
 
 from jax_sdpa import dispatch
 from jax_sdpa.device import Device
+from jax_sdpa.masks.packed import KeyRanges
 from jax_sdpa.request import SdpaRequest
 from jax_sdpa.sharding.layout import MeshAxes
 from jax_sdpa.sharding.zigzag import Order
@@ -49,10 +50,12 @@ def reasons_against(method: str, request: SdpaRequest, axes: MeshAxes, order: Or
     L, S = request.query_len, request.key_len
     Hq, H = request.q_heads // parts, max(1, request.kv_heads // parts)
     if method == "ring":
-        return [
-            *_multiple("L", L, order.total, "The ring"),
-            *_multiple("S", S, order.total, "The ring"),
-        ]
+        reasons = [*_multiple("L", L, order.total, "The ring"), *_multiple("S", S, order.total, "The ring")]
+        if order.name != "contiguous" and any(isinstance(mask, KeyRanges) for mask in request.masks):
+            reasons.append(
+                "The ring in zig-zag takes no packed sequences, whose ranges ascend along the queries; give segment ids."
+            )
+        return reasons
     reasons = []
     if order.name != "contiguous":
         reasons.append(f"{method} needs the sequence in order, not in zig-zag: it needs no balance.")
