@@ -327,3 +327,29 @@ def test_float32_products_run_at_highest_precision_unless_less_is_asked_for(dtyp
     products = re.findall(r"stablehlo\.dot_general.*", text)
     assert len(products) >= 5  # two forward or recomputed, three backward
     assert all(("HIGHEST" in product) == (asked is None) for product in products), products
+
+
+@pytest.mark.parametrize(
+    "mask", [QueryLengths(jnp.array([3, 5])), QueryLengths(4, 1) & causal(), SegmentIds(jnp.array([0, 0, 1, -1, -1]))]
+)
+def test_queries_that_a_mask_removes_may_be_nan_with_sinks_too(mask, backend):
+    """Their lse is the sink's, so it is the mask that tells."""
+    L = 5
+    removed = ~np.broadcast_to(np.asarray(mask.materialise(L, L)), (2, 1, L, L)).any(-1)[:, 0]  # (B, L)
+    rng = np.random.default_rng(3)
+    q, k, v, dout = (rng.standard_normal((2, L, 2, 8)).astype(np.float32) for _ in range(4))
+    sinks = np.array([0.5, 1.0], np.float32)
+
+    def step(q, dout):
+        def attend(q, k, v, sinks):
+            return dot_product_attention(q, k, v, mask=mask, sinks=sinks, return_residual=True)
+
+        with sdpa_kernel(backend):
+            (out, lse), pullback = jax.vjp(attend, q, k, v, sinks)
+            return out, lse, pullback((dout, jnp.ones_like(lse)))
+
+    wanted = step(jnp.asarray(q), jnp.asarray(dout))
+    q[removed], dout[removed] = np.nan, np.nan
+    got = step(jnp.asarray(q), jnp.asarray(dout))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), got, wanted)
+    assert not np.isnan(got[2][1]).any()

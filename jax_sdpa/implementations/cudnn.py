@@ -125,7 +125,7 @@ class Cudnn(Implementation):
         if call.top is not None:  # the largest bias of a row that far down is its lse: the scores are less than half an ulp
             lse = jnp.where(call.top < _FLOOR, call.top, lse)
         lse = lse if call.empty is None else jnp.where(call.empty, -jnp.inf, lse)
-        return (out if call.empty is None else scores.existing_only(lse, out, request.heads_axis)), lse
+        return (out if call.empty is None else scores.existing_only(request, lse, out)), lse
 
     def tangent(self, request: SdpaRequest, out: jax.Array, lse: jax.Array, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
         return _XLA.tangent(request, out, lse, tangents)
@@ -142,7 +142,7 @@ class Cudnn(Implementation):
             sizes = _lengths((), request.query_len, request.batch), _lengths((), request.key_len, request.batch)
         shift = lse
         if call.empty is not None:
-            q, dout = (scores.existing_only(lse, x, request.heads_axis) for x in (q, dout))
+            q, dout = (scores.existing_only(request, lse, x) for x in (q, dout))
             shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # exp(anything - inf) = 0
         found = compat.cudnn_attention_backward(
             q, k, v, call.bias, *sizes, out, shift, dout, **call.params, with_dbias="bias" in wrt
@@ -150,7 +150,7 @@ class Cudnn(Implementation):
         grads: Tangents = dict(zip(("query", "key", "value", "bias"), found, strict=False))
         grads["query"] = -grads["query"] if call.negative else grads["query"]
         if call.empty is not None:
-            grads["query"] = scores.existing_only(lse, grads["query"], request.heads_axis)
+            grads["query"] = scores.existing_only(request, lse, grads["query"])
         grads["key"], grads["value"] = (scores.seen_only(request, grads[name]) for name in ("key", "value"))
         if "bias" in wrt:  # of the bias and the mask together
             shared = tuple(i for i, (own, n) in enumerate(zip(request.bias.shape, found[3].shape, strict=True)) if own != n)

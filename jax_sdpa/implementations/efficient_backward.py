@@ -220,13 +220,13 @@ def backward(
 ) -> Tangents:
     """The cotangents of the operands named in `wrt`."""
     dtype = scores.compute_dtype(request)
-    dout = jnp.zeros_like(out) if dout is None else scores.existing_only(lse, dout, request.heads_axis)
+    dout = jnp.zeros_like(out) if dout is None else scores.existing_only(request, lse, dout)
     delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), -1)  # (B, Hq, L), or (B, L, Hq)
     delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
     if dlse is not None:
         delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     if request.masks:
-        request = dataclasses.replace(request, query=scores.existing_only(lse, request.query, request.heads_axis))
+        request = dataclasses.replace(request, query=scores.existing_only(request, lse, request.query))
 
     found: Tangents = {}
     if "sinks" in wrt:
@@ -283,7 +283,7 @@ def tangent(
     )  # fmt: skip
     moving = dataclasses.replace(moving, key=scores.seen_only(request, moving.key), value=scores.seen_only(request, moving.value))
     if request.masks:
-        clean = {name: scores.existing_only(lse, x.query, request.heads_axis) for name, x in (("q", request), ("dq", moving))}
+        clean = {name: scores.existing_only(request, lse, x.query) for name, x in (("q", request), ("dq", moving))}
         request, moving = dataclasses.replace(request, query=clean["q"]), dataclasses.replace(moving, query=clean["dq"])
     original, bq, bk = request, plan.block_q, plan.block_k
     request, moving = pad(request, bq, bk), pad(moving, bq, bk)

@@ -119,7 +119,7 @@ class Flash(Implementation):
         if dlse is not None:
             dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
         if _may_be_empty(request):
-            query, dout = (scores.existing_only(lse, x, request.heads_axis) for x in (query, dout))
+            query, dout = (scores.existing_only(request, lse, x) for x in (query, dout))
         delta = flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
         found: Tangents = {}
         if "sinks" in wrt:

@@ -124,7 +124,7 @@ class Math(Implementation):
         self, request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: Any, dlse: Any, wrt: tuple[str, ...]
     ) -> Tangents:
         request = self._clean(request, lse)
-        dout = jnp.zeros_like(out) if dout is None else scores.existing_only(lse, dout, request.heads_axis)
+        dout = jnp.zeros_like(out) if dout is None else scores.existing_only(request, lse, dout)
         if request.spec.part:  # ds = p * (dp - delta): the cotangents of p @ v and of p.sum(-1) are dout and -delta
             delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
             delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
@@ -140,4 +140,4 @@ class Math(Implementation):
     def _clean(request: SdpaRequest, lse: jax.Array) -> SdpaRequest:
         if not request.masks:
             return request
-        return dataclasses.replace(request, query=scores.existing_only(lse, request.query, request.heads_axis))
+        return dataclasses.replace(request, query=scores.existing_only(request, lse, request.query))

@@ -92,10 +92,18 @@ def seen_only(request: SdpaRequest, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.reshape(valid, shape), x, jnp.zeros((), x.dtype))
 
 
-def existing_only(lse: jax.Array, x: jax.Array, heads_axis: int) -> jax.Array:
-    """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN."""
+def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Array:
+    """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN.
+
+    lse tells which, but where a row has one without any key: that of its sink, or of the keys of other parts. There the masks do.
+    """
     empty = jnp.isneginf(lse)  # (B, Hq, L)
-    return jnp.where((empty if heads_axis == 1 else jnp.swapaxes(empty, 1, 2))[..., None], jnp.zeros((), x.dtype), x)
+    if request.masks and (request.sinks is not None or request.spec.part):
+        sees = request.mask.transposed().key_valid(request.key_len, request.query_len)
+        if sees is not None:
+            empty = empty | ~(sees if sees.ndim == 2 else sees[None])[:, None]
+    empty = empty if request.heads_axis == 1 else jnp.swapaxes(empty, 1, 2)
+    return jnp.where(empty[..., None], jnp.zeros((), x.dtype), x)
 
 
 def split_scale(request: SdpaRequest, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
