@@ -78,38 +78,36 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
     base = backward_tuning.backward_config(head_dim=case.head_dim, value_head_dim=case.head_dim)
 
     def of(**own: WalkConfig) -> BackwardConfig:
-        return dataclasses.replace(base, **own)
+        dims = {"head_dim": case.head_dim, "value_head_dim": case.head_dim}
+        return dataclasses.replace(base, **{name: backward_tuning.fitted(name, one, **dims) for name, one in own.items()})
 
+    resident = cdiv(case.batch * case.q_heads * cdiv(case.query_len, base.dq.rows), tuning.SMS)  # one program an SM
+    for n in sorted({min(2, resident), resident}):
+        found[f"dq {n} row tiles"] = of(dq=dataclasses.replace(base.dq, row_tiles=n))
+    if case.q_heads > case.kv_heads:
+        for n in (1, 2, 4):
+            found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:
-        found["dq 128 keys"] = of(dq=WalkConfig(block_k=128))
-        found["dq three stages"] = of(dq=WalkConfig(stages=3))
-        found["dkv float32 p"] = of(dkv=WalkConfig(masks_all=True))
-        found["dkv float32 p, branch"] = of(dkv=WalkConfig())
-        found["dkv half p, branch"] = of(dkv=WalkConfig(half=True))
-        found["dkv three stages"] = of(dkv=WalkConfig(half=True, masks_all=True, stages=3))
         wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64)
         loose = dataclasses.replace(wide, ordered=False)
         for name, own in {
             "fused": wide,
             "fused, any order": loose,
-            "fused, any order, masks all": dataclasses.replace(loose, masks_all=True),
-            "fused, any order, three stages": dataclasses.replace(loose, stages=3),
-            "fused, any order, float32 p": dataclasses.replace(loose, half=False),
+            "fused, masks all": dataclasses.replace(wide, masks_all=True),
+            "fused, three stages": dataclasses.replace(wide, stages=3),
+            "fused, float32 p": dataclasses.replace(wide, half=False),
         }.items():
-            found[name] = of(fused=backward_tuning.fitted("fused", own, head_dim=case.head_dim, value_head_dim=case.head_dim))
+            found[name] = of(fused=own)
     if case.head_dim == 256:
         found["dq not plain"] = of(dq=WalkConfig(masks_all=True, brief=1))
         found["dq one warpgroup"] = of(dq=WalkConfig(warpgroups=1, masks_all=True))
-        found["dk, dv one warpgroup"] = of(dk=WalkConfig(warpgroups=1, masks_all=True, half=True))
-        found["dk, dv three of dO"] = of(dv=WalkConfig(masks_all=True, stages=3, ahead=0, brief=2))
-    if case.head_dim == 64:
-        found["dkv 128 queries"] = of(dkv=WalkConfig(half=True, masks_all=True, block_k=128))
-        found["dq three warpgroups"] = of(dq=WalkConfig(warpgroups=3, registers=(160, 32)))
-        found["dkv three warpgroups"] = of(dkv=WalkConfig(half=True, masks_all=True, warpgroups=3, registers=(160, 32)))
+        found["dk one warpgroup"] = of(dk=WalkConfig(warpgroups=1, masks_all=True, half=True))
+        found["dv half"] = of(dv=WalkConfig(masks_all=True, half=True))
     return found
 
 
-PARTS = {"all": ("query", "key", "value"), "dq": ("query",), "dk, dv": ("key", "value")}
+PARTS = {"all": ("query", "key", "value"), "dq": ("query",), "dkv": ("key", "value"), "dk": ("key",), "dv": ("value",)}
+"""What a program makes, by the first word of the variants that change it."""
 
 
 def backward_call(
@@ -148,9 +146,10 @@ def export_all(directory: pathlib.Path, only: str, backward: bool) -> None:
             (q, k, v), _ = jax.eval_shape(lambda case=case: operands(case))
             row = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
             for name, config in backward_variants(case).items():
-                for part, wants in PARTS.items():
-                    if part == "all" or part.split(",")[0] in name.replace("dkv", "dk") or name == "tuned":
-                        add(case, f"{name}: {part}", functools.partial(backward_call, case, config, wants), q, k, v, q, row, row)
+                changed = {"tuned": PARTS, "fused": ("all",)}.get(name.split()[0].rstrip(","), (name.split()[0],))
+                for part in changed:
+                    run = functools.partial(backward_call, case, config, PARTS[part])
+                    add(case, f"{name}: {part}", run, q, k, v, q, row, row)
             continue
         (q, k, v), more = jax.eval_shape(lambda case=case: operands(case))
         for name, config in variants(case).items():

@@ -64,6 +64,7 @@ def shared_out(config: BackwardConfig, *, heads: int, key_len: int, group: int) 
 
 
 LESS: tuple[dict[str, Any], ...] = (
+    {"row_tiles": 1},
     {"bias_stages": 1},
     {"stages": 2},
     {"brief": 1},
@@ -88,7 +89,8 @@ def shared_bytes(
     if kernel == "dq":
         stored = config.rows * config.block_k * bias_bytes  # a tile of the bias's gradient on its way out
         tiles = config.block_k * (config.stages * E + config.brief_stages * Ev)
-        return 2 * (config.rows * (E + Ev) + tiles) + ring + stored
+        results = config.rows * E if config.row_tiles > 1 else 0  # else they leave from the memory of their queries
+        return 2 * (config.rows * (E + Ev) + tiles + results) + ring + stored
     q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
     own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
     tiles = config.block_k * (q_stages * E + (config.stages if kernel == "fused" else config.brief_stages) * Ev)
