@@ -1,6 +1,6 @@
 """Configurations of one pass beside one another: lowered where there is time, timed where there is a GPU.
 
-python -m benchmarks.variants export DIR [--only D128] [--backward]   # no GPU needed: jax.export of each, half a second
+python -m benchmarks.variants export DIR [--only D128] [--variant fused] [--backward]   # no GPU needed: jax.export of each, half a second
 python -m benchmarks.variants time DIR [--rounds 2]                   # compiles what was exported, in threads; times it
 
 --backward: the kernels of the backward alone, 2.5 times the forward's FLOPs, without a peer (torch's autograd has both passes).
@@ -89,13 +89,11 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
             found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:
         wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64)
-        loose = dataclasses.replace(wide, ordered=False)
         for name, own in {
             "fused": wide,
-            "fused, any order": loose,
             "fused, masks all": dataclasses.replace(wide, masks_all=True),
             "fused, three stages": dataclasses.replace(wide, stages=3),
-            "fused, float32 p": dataclasses.replace(wide, half=False),
+            "fused, 64 queries": dataclasses.replace(wide, block_k=64),
         }.items():
             found[name] = of(fused=own)
     if case.head_dim == 256:
@@ -128,11 +126,13 @@ def backward_operands(case: Case) -> list[Any]:
     return [q, k, v, dout, lse, flash_backward.row_deltas(out, dout, None, 1)]
 
 
-def export_all(directory: pathlib.Path, only: str, backward: bool) -> None:
+def export_all(directory: pathlib.Path, only: str, backward: bool, variant: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     index: list[dict[str, str]] = []
 
     def add(case: Case, name: str, program: Any, *given: Any) -> None:
+        if variant not in name and not name.startswith("tuned"):
+            return
         path = directory / f"{len(index)}.bin"
         path.write_bytes(export.export(jax.jit(program), platforms=["cuda"])(*given).serialize())
         index.append({"case": case.name, "variant": name, "file": path.name, "pass": "backward" if backward else "forward"})
@@ -220,11 +220,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("export", "time"))
     parser.add_argument("directory", type=pathlib.Path)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--variant", default="", help="what is tuned, and variants whose name contains this")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--backward", action="store_true", help="export configurations of the backward")
     args = parser.parse_args(argv)
     if args.what == "export":
-        export_all(args.directory, args.only, args.backward)
+        export_all(args.directory, args.only, args.backward, args.variant)
     else:
         time_all(args.directory, args.rounds)
     return 0

@@ -134,9 +134,8 @@ class WalkConfig(ForwardConfig):
 
     brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
     dv). plain: dq is finished within its step, for want of registers (the other warpgroup fills the gaps). half: p waits in half
-    precision for the next step (dk, dv). masks_all: every tile is masked, without a branch. ordered: the fused kernel's additions
-    to a tile of dq happen in the order of the key tiles, so that the same call gives the same bits. split: programs among which the
-    query heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv).
+    precision for the next step (dk, dv). masks_all: every tile is masked, without a branch. split: programs among which the query
+    heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv).
     """
 
     block_k: int = 64
@@ -145,7 +144,6 @@ class WalkConfig(ForwardConfig):
     plain: bool = False
     half: bool = False
     masks_all: bool = False
-    ordered: bool = True
     split: int = 1
 
     @property

@@ -9,15 +9,13 @@ Grid: programs, one item each: batch entry, key/value head, key tile of `warpgro
 group, the query tiles that the mask leaves, so dk and dv of the group's heads add up in registers. Where that makes too few
 programs, config.split of them divide the group's heads.
 
-Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, which a TMA reduce-add puts into
-a float32 workspace; 5 products for the split pair's 7. Key tiles add to a tile of dq in the order of their numbers
-(unless config.ordered is False: dq's last bits then vary). A program waits only for smaller numbers, and takes for granted
-that the chip starts programs in that order.
+Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, a step later, which a TMA
+reduce-add puts into a float32 workspace; 5 products for the split pair's 7. Key tiles add in any order: dq's last bits vary.
 
 Who waits for what, per stage of the rings (a slot of one holds a tile of Q and its rows' numbers, of the other one of dO); s of the
 next step is begun in this one, so Q has `ahead` stages more, where they fit:
 
-    ds_ready              between the computing warpgroups: ds of all keys lies in its buffer, one of two
+    ds_ready, ds_free     between the computing warpgroups: ds of all keys lies in its buffer, one of two; all have read it
     kv_ready              the program's keys and values have arrived
     q_ready, do_ready     loader -> computers: the tile has arrived
     q_free, do_free       computers -> loader: every computing warpgroup has read it
@@ -73,7 +71,6 @@ def dkv(
     by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
     part = (bk, E) if by_rows else (bq, E // n_wg)
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
-    ordered, q_tiles = fused and config.ordered and interpret is None, cdiv(shape.query_len, bq)
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), 1)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
@@ -81,7 +78,7 @@ def dkv(
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
                do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
-               ds_ready: Any = None, sum_s: Any = None, **ring: Any) -> None:  # fmt: skip
+               ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         words_ref = more.pop(0) if drops else None
         dq_ref: Any = None
@@ -90,8 +87,6 @@ def dkv(
         sum_ref = cast(Any, more.pop() if adds_up else None)
         own_refs = more[: -len(wants)]
         refs = operands.refs(own_refs, ring)
-        counts = plgpu.SemaphoreType.REGULAR((B * shape.q_heads * q_tiles * n_wg,))
-        done = [pl.get_global(counts)] if ordered else []
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
         wg = lax.axis_index("wg")
         b, own_head, from_behind = items.at(lax.axis_index("program"), 0)
@@ -145,39 +140,36 @@ def dkv(
                 )  # fmt: skip
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in found)
 
-            def done_at(r: Any, i: Any) -> Any:
-                """How many key tiles have added to this warpgroup's part of the tile of dq."""
-                return done[0].at[((b * shape.q_heads + head(r)) * q_tiles + rows_at(r).walk.tile(i)) * n_wg + wg]
-
             def spread(n: Any, r: Any, i: Any) -> Spread:
+                """Of step n; what is taken and given belongs to the step before, at (r, i)."""
                 own, buffer = pl.ds(wg * bk, bk), slot(n, 2)
                 columns = pl.ds(0, E) if by_rows else pl.ds(wg * part[1], part[1])
                 first_row = rows_at(r).walk.tile(i) * bq + (wg * bk if by_rows else 0)
                 where = (b, head(r), pl.ds(first_row, part[0]), columns)
-                q_tile = rows_at(r).walk.tile(i)
-                turn: Any = operands.turn(own_refs, b, head(r), key_tile, q_tile) if ordered else None
 
                 def put(ds: Any) -> None:
+                    pl.when(n > 0)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
                     ds_s[buffer, own] = ds
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(ds_ready)
+                    plgpu.barrier_arrive(ds_ready.at[buffer])
 
                 def take() -> tuple[Any, Any]:
-                    plgpu.barrier_wait(ds_ready)
-                    ds = ds_s.at[buffer, :, own] if by_rows else ds_s.at[buffer]
+                    plgpu.barrier_wait(ds_ready.at[1 - buffer])
+                    ds = ds_s.at[1 - buffer, :, own] if by_rows else ds_s.at[1 - buffer]
                     return ds.transpose((1, 0)), k_s if by_rows else k_s.at[:, columns]
 
                 def give(dq: Any) -> None:
-                    if not ordered:  # else waited for when it was signalled
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(ds_free.at[1 - buffer])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     dq_s[wg] = dq
                     plgpu.commit_smem()
-                    if ordered:
-                        plgpu.semaphore_wait(done_at(r, i), turn, decrement=False, memory_scope="gpu")
-                    if interpret is None:
-                        plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[where], reduction_op="add")
-                    else:
-                        plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[(key_tile, *where)])
+
+                    @pl.when(n > 0)  # the first step has none before it: zeros were multiplied
+                    def _() -> None:
+                        if interpret is None:
+                            plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[where], reduction_op="add")
+                        else:
+                            plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[(key_tile, *where)])
 
                 return Spread(part, put, take, give)
 
@@ -217,7 +209,9 @@ def dkv(
                 plgpu.barrier_arrive(q_free.at[now])
                 return r_next, i_next, dk, dv, state, store_sums(r, i, sums)
 
-            def fused_step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, dp: Any, last: bool = False) -> Any:
+            def fused_step(
+                n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, dp: Any, before: tuple[Any, Any], last: bool = False
+            ) -> Any:
                 rows, (r_next, i_next) = rows_at(r), advanced(r, i)
                 now, following = slot(n, q_stages), slot(n + 1, q_stages)
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
@@ -236,12 +230,9 @@ def dkv(
                     None if last else (q_s.at[following], do_s.at[following]), dtype=dtype, free=free, before_next=before_next,
                     weights=rows.weights,
                     gradient=functools.partial(gradient, rows, now),
-                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed), spread=spread(n, r, i),
+                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed), spread=spread(n, *before),
                 )  # fmt: skip
-                if ordered:  # the addition has had the time of s, dp and p to get there
-                    plgpu.wait_smem_to_gmem(0)
-                    plgpu.semaphore_signal(done_at(r, i), memory_scope="gpu")
-                return r_next, i_next, dk, dv, state, dp
+                return r_next, i_next, dk, dv, state, dp, (r, i)
 
             packed = rows_at(zero).keep_words(zero)
             plgpu.barrier_wait(kv_ready)
@@ -253,17 +244,22 @@ def dkv(
             carried: tuple[Any, ...] = (zero, zero, dk, dv, state)
             if fused:
                 plgpu.barrier_wait(do_ready.at[0])
-                carried += (products.scores(v_own, do_s.at[0]),)
+                carried += (products.scores(v_own, do_s.at[0]), (zero, zero))
+                ds_s[1, pl.ds(wg * bk, bk)] = filled((bk, bq), 0.0, TILE).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ds_ready.at[1])
             else:
                 carried += ((filled((bk,), 0.0, ROW),) if adds_up else (),)
             one = fused_step if fused else step
             carried = lax.fori_loop(zero, steps - 1, lambda n, carried: one(n, *carried), carried)
-            _, _, dk, dv, *_ = one(steps - 1, *carried, last=True)
+            _, _, dk, dv, *rest = one(steps - 1, *carried, last=True)
+            if fused:
+                end = spread(steps, *rest[-1])
+                end.give(products.product(*end.take()))
+                for n in (steps, steps - 1):  # the other warpgroups have read all keys
+                    plgpu.barrier_wait(ds_free.at[slot(n, 2)])
 
             plgpu.commit_smem()
-            if fused:  # the other warpgroups have read all keys
-                plgpu.barrier_arrive(ds_ready)
-                plgpu.barrier_wait(ds_ready)
             scales = {"dk": operands.scale_of(shape, refs, b), "dv": survivor_scale(shape, operands.generator)}
             for name, own, sums in (("dk", k_own, dk), ("dv", v_own, dv)):
                 if name in wants:
@@ -328,7 +324,8 @@ def dkv(
             **({
                 "ds_s": tile((2, config.rows), bq, dtype),
                 "dq_s": tile((n_wg, part[0]), part[1], jnp.float32),
-                "ds_ready": barrier(num_arrivals=n_wg),
+                "ds_ready": barrier(num_arrivals=n_wg, num_barriers=2),
+                "ds_free": barrier(num_arrivals=n_wg, num_barriers=2),
             } if fused else {}),
             "kv_ready": barrier(num_arrivals=2 if needs_v else 1),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=q_stages),

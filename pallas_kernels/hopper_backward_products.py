@@ -32,8 +32,8 @@ def _unset(shape: tuple[int, ...]) -> Any:
 class Spread:
     """What makes dq beside dk and dv: ds of all warpgroups meets in shared memory, and each makes a part of the tile of dq.
 
-    put(ds) stores a warpgroup's own; take() waits for the others' and answers (ds.T, keys), the operands of its part of dq;
-    give(dq) takes their product, float32.
+    put(ds) stores a warpgroup's own; take() waits for all warpgroups' of the step before, which nobody waits for long, and answers
+    (ds.T, keys), the operands of its part of dq; give(dq) takes their product, float32.
     """
 
     shape: tuple[int, int]  # of a warpgroup's part of dq
@@ -154,12 +154,23 @@ class BackwardWgmma(Wgmma):
             after_dout()
         return after.get("dk"), after.get("dv"), after["state"], after["sums"]
 
+    def product(self, a: Any, b: Any) -> Any:
+        """a @ b, both in shared memory, float32."""
+        if self.interpret:
+            return self._dot(a, b)
+
+        def of(ref: Any) -> Any:
+            plgpu.wgmma(ref, a, b)
+            return plgpu.wgmma_accumulator_load(ref, wait_n=0)
+
+        return pl.run_scoped(of, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
     def fused_step(
         self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, dp: Any, following: tuple[Any, Any] | None, *,
         dtype: Any, free: Callable[[], None], before_next: Callable[[], None], weights: Callable[[State], Any],
         gradient: Gradient, probabilities: Callable[[Any], State], spread: Spread,
     ) -> tuple[Any, Any, State, Any]:  # fmt: skip
-        """As `keys_step`, with dq; here dp is made a step ahead as well: (dk, dv, the next state, the next dp).
+        """As `keys_step`, with dq of the step before; dp is made a step ahead as well: (dk, dv, the next state, the next dp).
 
         following: (q, dout) of the next step, None in the last one. In flight: dv under ds, dk while dq is stored, dp under p.
         """

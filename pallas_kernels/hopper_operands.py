@@ -74,10 +74,9 @@ class Operands:
     @classmethod
     def of(
         cls, shape: ForwardShape, config: WalkConfig, mask: Any, *, keep: Any = None, bias: Any = None, seeds: Any = None,
-        scale: Any = None, generator: Any = None, transposed: bool = False, ordered: bool = False,
+        scale: Any = None, generator: Any = None, transposed: bool = False,
     ) -> Operands:  # fmt: skip
-        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
-        ordered: with the turns in which row tiles come to a column tile."""
+        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None."""
         rows, columns = shape.query_len, shape.key_len
         if transposed:
             mask = None if mask is None else mask.transposed()
@@ -94,13 +93,6 @@ class Operands:
         if by_ids:  # a tile's ids are loaded whole
             more = (cdiv(size, block) * block - size for size, block in ((rows, config.rows), (columns, config.block_k)))
             arrays = jax.tree.leaves(mask.padded(*more))
-        if ordered and mask is None and keep is None:
-            pass  # the tile's own number
-        elif ordered:
-            found = given.get("table")
-            found = visits.table(mask, config.rows, rows, columns, config.block_k) if found is None else found
-            more = visits.turns(found, cdiv(columns, config.block_k))
-            given["turns"] = jnp.broadcast_to(more, (*more.shape[:2], cdiv(rows, config.rows), more.shape[3]))
         kind = None
         if bias is not None:
             kind = dense.kind(bias)
@@ -182,13 +174,6 @@ class Operands:
     def bias_rings(self, refs: Refs, config: WalkConfig) -> list[tuple[Any, int]]:
         """The ring of bias tiles, if there is one, as `hopper_program.drain` wants it."""
         return [(refs.bias_free, config.bias_stages)] if self.brings_bias else []
-
-    def turn(self, refs: list[Any], b: Any, h: Any, row_tile: Any, column_tile: Any) -> Any:
-        """How many row tiles are to come to this column tile before this one."""
-        if "turns" not in self.names:
-            return row_tile
-        found = refs[self.names.index("turns")]
-        return found[(*shared(found, b, h), row_tile, column_tile)]
 
     def scale_of(self, shape: ForwardShape, refs: Refs, b: Any) -> Any:
         """What dq and dk are still to be multiplied by: the scale, and dropout's factor of survivors."""

@@ -127,17 +127,6 @@ def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int)
     return jnp.concatenate([count, order * 2 + partial], axis=-1)
 
 
-def turns(found: jax.Array, columns: int) -> jax.Array:
-    """(B|1, Hq|1, row tiles, columns) int32: how many row tiles before this one visit a column tile, of a `table` or a list."""
-    at = jnp.arange(columns, dtype=jnp.int32)
-    if found.ndim == 3:
-        visited = ((at >= found[..., 0, None]) & (at < found[..., 3, None]))[:, None]
-    else:
-        place = jnp.argsort(found[..., 1:] >> 1, axis=-1)  # a list names every column tile once, the visited ones first
-        visited = place < found[..., :1]
-    return jnp.cumsum(visited, axis=2, dtype=jnp.int32) - visited
-
-
 @dataclasses.dataclass(frozen=True)
 class Items:
     """Which (batch entry, head, row tile) is the n-th item of program p, of `per_program` items.

