@@ -5,9 +5,9 @@ products straight from registers (FlashAttention-3's backward does the same, arX
 
     s = k @ q.T    dp = v @ dout.T    p = exp(s - lse)    ds = p * (dp - delta)    dv += p @ dout    dk += ds @ q
 
-Grid: programs, one item each: batch entry, key/value head, key tile of `warpgroups` x 64 keys. It walks, for each query head of the
-group, the query tiles that the mask leaves, so dk and dv of the group's heads add up in registers. Where that makes too few
-programs, config.split of them divide the group's heads.
+Grid: programs, each with a few items one after another (`visits.Items`: batch entry, key/value head, key tile of `warpgroups` x 64
+keys). An item walks, for each query head of the group, the query tiles that the mask leaves, so dk and dv of the group's heads add
+up in registers. Where that makes too few programs, config.split of them divide the group's heads.
 
 Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, a step later, which a TMA
 reduce-add puts into a float32 workspace; 5 products for the split pair's 7. Key tiles add in any order: dq's last bits vary.
@@ -16,7 +16,7 @@ Who waits for what, per stage of the rings (a slot of one holds a tile of Q and 
 next step is begun in this one, so Q has `ahead` stages more, where they fit:
 
     ds_ready, ds_free     between the computing warpgroups: ds of all keys lies in its buffer, one of two; all have read it
-    kv_ready              the program's keys and values have arrived
+    kv_ready              a warpgroup's keys and values have arrived; it asks for the next item's when all products have read them
     q_ready, do_ready     loader -> computers: the tile has arrived
     q_free, do_free       computers -> loader: every computing warpgroup has read it
 """
@@ -30,7 +30,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -38,11 +37,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
-from pallas_kernels.hopper_gradients import GradientRows
+from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_memory import rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
-from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, survivor_scale, walk_of
+from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, survivor_scale
 from pallas_kernels.visits import cdiv
 
 
@@ -71,14 +70,16 @@ def dkv(
     by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
     part = (bk, E) if by_rows else (bq, E // n_wg)
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
-    items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), 1)
+    several = config.row_tiles > 1
+    staged = several and not fused and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
+    items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
                do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
-               ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, **ring: Any) -> None:  # fmt: skip
+               ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, out_s: Any = None, **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         words_ref = more.pop(0) if drops else None
         dq_ref: Any = None
@@ -88,44 +89,40 @@ def dkv(
         own_refs = more[: -len(wants)]
         refs = operands.refs(own_refs, ring)
         out_refs = dict(zip(wants, more[-len(wants) :], strict=True))
-        wg = lax.axis_index("wg")
-        b, own_head, from_behind = items.at(lax.axis_index("program"), 0)
-        key_tile = items.row_tiles - 1 - from_behind  # heaviest first: under a causal mask all queries see the first keys
-        base = key_tile * config.rows + wg * bk
+        program, wg = lax.axis_index("program"), lax.axis_index("wg")
+        count = items.count(program)
         zero = 0 * wg  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
 
-        kv_head, first_head, heads = own_head, own_head * group, group
-        if split > 1:  # some programs have one head less
-            kv_head, share = lax.div(own_head, np.int32(split)), lax.rem(own_head, np.int32(split))
-            first, end = (lax.div(n * np.int32(group), np.int32(split)) for n in (share, share + 1))
-            first_head, heads = kv_head * group + first, end - first
+        def item_at(n: Any) -> KeyItem:
+            b, own_head, from_behind = items.at(program, n)
+            key_tile = items.row_tiles - 1 - from_behind  # heaviest first: under a causal mask all queries see the first keys
+            return KeyItem(recipe, refs, group, split, config.rows, b, own_head, key_tile)
 
-        def head(r: Any) -> Any:
-            return first_head + r
+        k_own = k_s.at[pl.ds(wg * bk, bk)]
+        v_own = k_own if v_s is None else v_s.at[pl.ds(wg * bk, bk)]
 
-        def walk(r: Any) -> Any:
-            return walk_of(recipe, refs, b, head(r), key_tile, key_tile * config.rows, config.rows)
+        def load_own(n: Any) -> None:
+            """Ask for this warpgroup's keys and values of item n."""
+            item = item_at(n)
+            base = item.key_tile * config.rows + wg * bk
+            plgpu.copy_gmem_to_smem(at(k_ref, item.b, base, bk, item.kv_head), k_own, kv_ready.at[wg])
+            if needs_v:
+                plgpu.copy_gmem_to_smem(at(v_ref, item.b, base, bk, item.kv_head), v_own, kv_ready.at[wg])
 
-        def advanced(r: Any, i: Any) -> tuple[Any, Any]:
-            """The step after step i of the group's r-th head."""
-            if group == 1:
-                return r, i + 1
-            more = i + 1 < walk(r).steps
-            return lax.select(more, r, r + 1), lax.select(more, i + 1, zero)
+        def load_next(n: Any) -> None:
+            if several:
+                plgpu.commit_smem()
+                pl.when(n + 1 < count)(lambda: load_own(n + 1))
 
-        # a dense mask may leave each head other tiles
-        if recipe.listed:
-            counts_of = (walk(zero + r).steps for r in range(cdiv(group, split)))
-            steps = sum((n if split == 1 else jnp.where(r < heads, n, zero) for r, n in enumerate(counts_of)), zero)
-        else:
-            steps = walk(zero).steps * heads + zero
-
-        def compute() -> None:
-            k_own = k_s.at[pl.ds(wg * bk, bk)]
-            v_own = k_own if v_s is None else v_s.at[pl.ds(wg * bk, bk)]
+        def attend(n_item: Any, done: Any) -> Any:
+            """Item n_item, `done` steps into the rings."""
+            item = item_at(n_item)
+            b, head, key_tile, steps = item.b, item.head, item.key_tile, item.steps
+            base = key_tile * config.rows + wg * bk
+            walk, advanced = item.walk, item.advanced
 
             def rows_at(r: Any) -> GradientRows:
-                return GradientRows.placed(recipe, refs, b, head(r), key_tile, wg)
+                return item.rows_at(r, wg)
 
             def column(ref: Any) -> Any:
                 found = plgpu.load(ref, layout=COLUMN)  # pyright: ignore[reportCallIssue] (0.10 had an index)
@@ -148,7 +145,7 @@ def dkv(
                 where = (b, head(r), pl.ds(first_row, part[0]), columns)
 
                 def put(ds: Any) -> None:
-                    pl.when(n > 0)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
+                    pl.when(n > done)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
                     ds_s[buffer, own] = ds
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_ready.at[buffer])
@@ -164,7 +161,7 @@ def dkv(
                     dq_s[wg] = dq
                     plgpu.commit_smem()
 
-                    @pl.when(n > 0)  # the first step has none before it: zeros were multiplied
+                    @pl.when(n > done)  # the first step has none before it: zeros were multiplied
                     def _() -> None:
                         if interpret is None:
                             plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[where], reduction_op="add")
@@ -235,50 +232,69 @@ def dkv(
                 return r_next, i_next, dk, dv, state, dp, (r, i)
 
             packed = rows_at(zero).keep_words(zero)
-            plgpu.barrier_wait(kv_ready)
-            plgpu.barrier_wait(q_ready.at[0])
-            state = probabilities(products.scores(k_own, q_s.at[0]), zero, zero, zero, zero, packed)
+            for w in range(n_wg) if fused else (wg,):  # dq takes all keys
+                plgpu.barrier_wait(kv_ready.at[w])
+            start, do_start = slot(done, q_stages), slot(done, do_stages)
+            plgpu.barrier_wait(q_ready.at[start])
+            state = probabilities(products.scores(k_own, q_s.at[start]), zero, zero, done, start, packed)
             products.read()
             dk = filled((bk, E), 0.0, TILE) if "dk" in wants else None
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
             carried: tuple[Any, ...] = (zero, zero, dk, dv, state)
             if fused:
-                plgpu.barrier_wait(do_ready.at[0])
-                carried += (products.scores(v_own, do_s.at[0]), (zero, zero))
-                ds_s[1, pl.ds(wg * bk, bk)] = filled((bk, bq), 0.0, TILE).astype(dtype)
+                plgpu.barrier_wait(do_ready.at[do_start])
+                carried += (products.scores(v_own, do_s.at[do_start]), (zero, zero))
+                before = slot(done + 1, 2)
+                ds_s[before, pl.ds(wg * bk, bk)] = filled((bk, bq), 0.0, TILE).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(ds_ready.at[1])
+                plgpu.barrier_arrive(ds_ready.at[before])
             else:
                 carried += ((filled((bk,), 0.0, ROW),) if adds_up else (),)
             one = fused_step if fused else step
-            carried = lax.fori_loop(zero, steps - 1, lambda n, carried: one(n, *carried), carried)
-            _, _, dk, dv, *rest = one(steps - 1, *carried, last=True)
+            end = done + steps
+            carried = lax.fori_loop(done, end - 1, lambda n, carried: one(n, *carried), carried)
+            _, _, dk, dv, *rest = one(end - 1, *carried, last=True)
             if fused:
-                end = spread(steps, *rest[-1])
-                end.give(products.product(*end.take()))
-                for n in (steps, steps - 1):  # the other warpgroups have read all keys
+                last = spread(end, *rest[-1])
+                last.give(products.product(*last.take()))
+                for n in (end, end - 1):  # the other warpgroups have read all keys
                     plgpu.barrier_wait(ds_free.at[slot(n, 2)])
 
-            plgpu.commit_smem()
+            if staged:
+                load_next(n_item)
+            else:
+                plgpu.commit_smem()
             scales = {"dk": operands.scale_of(shape, refs, b), "dv": survivor_scale(shape, operands.generator)}
             for name, own, sums in (("dk", k_own, dk), ("dv", v_own, dv)):
-                if name in wants:
-                    own[...] = (sums * scales[name]).astype(dtype)  # a warpgroup's own keys and values: nobody reads them now
-            plgpu.commit_smem()
-            for name, own in (("dk", k_own), ("dv", v_own)):
-                if name in wants:
-                    plgpu.copy_smem_to_gmem(own, at(out_refs[name], b, base, bk, own_head))
+                if name not in wants:
+                    continue
+                target = out_s.at[wg] if staged else own  # a warpgroup's own keys and values: nobody reads them now
+                if staged:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
+                    plgpu.commit_smem()
+                target[...] = (sums * scales[name]).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(target, at(out_refs[name], b, base, bk, item.own_head))
+            if not staged:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=several)
+                load_next(n_item)
+            return end
+
+        def compute() -> None:
+            load_own(0)
+            if several:
+                lax.fori_loop(zero, count + zero, attend, zero)
+            else:
+                attend(0, zero)
             plgpu.wait_smem_to_gmem(0)
 
-        def load() -> None:
-            whole = key_tile * config.rows
-            plgpu.copy_gmem_to_smem(at(k_ref, b, whole, config.rows, kv_head), k_s, kv_ready)
-            if needs_v:
-                plgpu.copy_gmem_to_smem(at(v_ref, b, whole, config.rows, kv_head), v_s, kv_ready)
+        def load(n_item: Any, done: Any) -> Any:
+            """The tiles of item n_item, as soon as there is room."""
+            item = item_at(n_item)
 
             def step(n: Any, carried: Any) -> Any:
                 r, i = carried
-                h, t, now, do_now = head(r), walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
+                b, h, t, now, do_now = item.b, item.head(r), item.walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
                 pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
                 plgpu.copy_gmem_to_smem(at(q_ref, b, t * bq, bq, h), q_s.at[now], q_ready.at[now])
                 for ref, target in ((numbers_ref, numbers_s), (words_ref, words_s)):
@@ -286,15 +302,19 @@ def dkv(
                         plgpu.copy_gmem_to_smem(
                             ref.at[b, h, pl.ds(0, target.shape[1]), pl.ds(t * bq, bq)], target.at[now], q_ready.at[now]
                         )
-                operands.bring_bias(refs, config, b, h, key_tile, t, n)
+                operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
                 pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
                 plgpu.copy_gmem_to_smem(at(do_ref, b, t * bq, bq, h), do_s.at[do_now], do_ready.at[do_now])
-                return advanced(r, i)
+                return item.advanced(r, i)
 
-            lax.fori_loop(zero, steps, step, (zero, zero))
-            drain([(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], steps)
+            lax.fori_loop(done, done + item.steps, step, (zero, zero))
+            return done + item.steps
 
-        in_roles(config, wg, compute, load, interpret)
+        def load_all() -> None:
+            done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
+            drain([(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], done)
+
+        in_roles(config, wg, compute, load_all, interpret)
 
     rows_out = cdiv(shape.key_len, 8) * 8
     dims = {"dk": E, "dv": Ev}
@@ -327,7 +347,8 @@ def dkv(
                 "ds_ready": barrier(num_arrivals=n_wg, num_barriers=2),
                 "ds_free": barrier(num_arrivals=n_wg, num_barriers=2),
             } if fused else {}),
-            "kv_ready": barrier(num_arrivals=2 if needs_v else 1),
+            "kv_ready": barrier(num_arrivals=2 if needs_v else 1, num_barriers=n_wg),
+            **({"out_s": tile((n_wg, bk), E, dtype)} if staged else {}),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=q_stages),
             "do_ready": barrier(num_barriers=do_stages),
             "q_free": barrier(num_arrivals=n_wg, num_barriers=q_stages),

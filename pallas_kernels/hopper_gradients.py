@@ -16,11 +16,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import visits
 from pallas_kernels.contracts import WalkConfig
-from pallas_kernels.hopper_scores import TILE, Rows, scale_at
+from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, scale_at, walk_of
 from pallas_kernels.online_softmax import LOG2E
 
 
@@ -90,3 +92,62 @@ class GradientRows(Rows):
     def before_softcap(self, state: tuple[Any, ...], ds: Any) -> Any:
         """The gradient of the scores before softcap from that of the scores."""
         return ds if len(state) == 1 else ds * state[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyItem:
+    """A key tile of `rows` keys, and what a program of dk and dv walks for it: query tiles of each query head of a group's share.
+
+    own_head: of B, H * split (`WalkConfig.split`). Steps are counted by (r, i): the i-th query tile of the share's r-th head.
+    """
+
+    recipe: Recipe
+    refs: Refs
+    group: int
+    split: int
+    rows: int
+    b: Any
+    own_head: Any
+    key_tile: Any
+
+    @property
+    def kv_head(self) -> Any:
+        return self.own_head if self.split == 1 else lax.div(self.own_head, np.int32(self.split))
+
+    def _begin(self, share: Any) -> Any:
+        return lax.div(share * np.int32(self.group), np.int32(self.split))
+
+    @property
+    def _share(self) -> Any:
+        return lax.rem(self.own_head, np.int32(self.split))
+
+    @property
+    def heads(self) -> Any:
+        """How many query heads; some shares have one less."""
+        return self.group if self.split == 1 else self._begin(self._share + 1) - self._begin(self._share)
+
+    def head(self, r: Any) -> Any:
+        first = self.kv_head * self.group
+        return first + r if self.split == 1 else first + self._begin(self._share) + r
+
+    def walk(self, r: Any) -> Any:
+        return walk_of(self.recipe, self.refs, self.b, self.head(r), self.key_tile, self.key_tile * self.rows, self.rows)
+
+    def advanced(self, r: Any, i: Any) -> tuple[Any, Any]:
+        """The step after step (r, i)."""
+        if self.group == 1:
+            return r, i + 1
+        more = i + 1 < self.walk(r).steps
+        return lax.select(more, r, r + 1), lax.select(more, i + 1, 0 * i)
+
+    @property
+    def steps(self) -> Any:
+        zero = 0 * self.key_tile
+        if not self.recipe.listed:
+            return self.walk(zero).steps * self.heads + zero
+        heads = self.heads  # a dense mask may leave each head other tiles
+        counts = (self.walk(zero + r).steps for r in range(visits.cdiv(self.group, self.split)))
+        return sum((n if self.split == 1 else jnp.where(r < heads, n, zero) for r, n in enumerate(counts)), zero)
+
+    def rows_at(self, r: Any, wg: Any) -> GradientRows:
+        return GradientRows.placed(self.recipe, self.refs, self.b, self.head(r), self.key_tile, wg)

@@ -15,8 +15,8 @@ from test_hopper_forward import CASES as FORWARD
 from test_hopper_forward import alone
 
 from jax_sdpa import compat, dropout
-from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
-from pallas_kernels import flash_backward, visits
+from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
+from pallas_kernels import flash_backward
 from pallas_kernels.contracts import BackwardConfig, WalkConfig
 
 pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
@@ -32,6 +32,7 @@ FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 
 THREE_TILES = dataclasses.replace(WalkConfig(), row_tiles=3)
+FUSED_SEVERAL = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128, row_tiles=4))
 SEVERAL = BackwardConfig(dq=THREE_TILES, dkv=THREE_TILES, dk=THREE_TILES, dv=THREE_TILES)
 TWO = dataclasses.replace(WIDE, split=2)
 DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
@@ -144,6 +145,9 @@ OWN = {
     "a group divided under a dense mask of each head": lambda: (
         make(136, 136, B=1, Hq=3, Hk=1, E=64, keep=(keep := rng.random((1, 3, 136, 136)) < 0.4)), {"keep": keep, "config": DIVIDED}
     ),
+    "several key tiles a program, fused, grouped, causal": lambda: (
+        make(136, 392, B=1, Hq=4, Hk=2, E=64, keep=band(136, 392, -1, 0, 200)), {"mask": causal(200), "config": FUSED_SEVERAL}
+    ),
     "several row tiles a program": lambda: (make(264, 200, B=2, Hq=4, Hk=2, E=64), {"config": SEVERAL}),
     "several row tiles a program, causal, (B, L, H, E)": lambda: (
         make(392, 264, B=1, Hq=2, E=64, keep=band(392, 264, -1, 0)), {"mask": causal(), "config": SEVERAL, "layout": "BLHE"}
@@ -199,7 +203,7 @@ ON_A_GPU = {
 def test_the_compiled_kernels_give_the_oracles_gradients_and_the_same_bits(name):
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
-    fused = options.get("config") in (FUSED, FUSED_64)
+    fused = options.get("config") in (FUSED, FUSED_64, FUSED_SEVERAL)
     hold(problem, on_kernels(problem, **options, interpret=False, times=1 if fused else 20))
 
 
