@@ -1,6 +1,6 @@
 """Configurations of one pass beside one another: lowered where there is time, timed where there is a GPU.
 
-python -m benchmarks.variants export DIR [--only D128] [--variant fused] [--backward]   # no GPU needed: jax.export of each, half a second
+python -m benchmarks.variants export DIR [--only D128] [--variant fused] [--backward]   # no GPU needed: half a second for each
 python -m benchmarks.variants time DIR [--rounds 2]                   # compiles what was exported, in threads; times it
 
 --backward: the kernels of the backward alone, 2.5 times the forward's FLOPs, without a peer (torch's autograd has both passes).
@@ -54,6 +54,13 @@ def variants(case: Case) -> dict[str, ForwardConfig | None]:
     return found
 
 
+def drops(case: Case) -> dict[str, Any]:
+    """The arguments of dropout, where the case has it."""
+    if case.extra != "dropout":
+        return {}
+    return {"seeds": dropout.seeds(jax.random.key(1), case.batch, case.q_heads), "dropout_p": 0.1, "generator": dropout}
+
+
 def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more: Any) -> Any:
     """The launch itself, on arrays (B, H, L, D)."""
     options: dict[str, Any] = {}
@@ -61,8 +68,7 @@ def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more:
         options["keep"] = more
     elif case.extra.startswith("bias"):
         options["bias"] = more
-    elif case.extra == "dropout":
-        options |= {"seeds": dropout.seeds(jax.random.key(1), case.batch, case.q_heads), "dropout_p": 0.1, "generator": dropout}
+    options |= drops(case)
     mask = sliding_window(1023, 0) if case.extra == "window" else more if case.extra == "lengths" else None
     if case.causal:
         mask = causal() if mask is None else causal() & mask
@@ -73,28 +79,33 @@ def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more:
 def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
     """By name; None is what `tuning` chooses."""
     found: dict[str, BackwardConfig | None] = {"tuned": None}
-    if case.extra:
-        return found
-    base = backward_tuning.backward_config(head_dim=case.head_dim, value_head_dim=case.head_dim)
+    base = backward_tuning.backward_config(
+        heads=case.batch * case.q_heads, group=case.q_heads // case.kv_heads, query_len=case.query_len, key_len=case.key_len,
+        head_dim=case.head_dim, value_head_dim=case.head_dim, masked=case.causal, sloped=case.causal,
+        seen=case.key_len / (1 + case.causal), drops=case.extra == "dropout",
+    )  # fmt: skip
 
     def of(**own: WalkConfig) -> BackwardConfig:
-        dims = {"head_dim": case.head_dim, "value_head_dim": case.head_dim}
+        dims = {"head_dim": case.head_dim, "value_head_dim": case.head_dim, "drops": case.extra == "dropout"}
         return dataclasses.replace(base, **{name: backward_tuning.fitted(name, one, **dims) for name, one in own.items()})
 
-    resident = cdiv(case.batch * case.q_heads * cdiv(case.query_len, base.dq.rows), tuning.SMS)  # one program an SM
-    for n in sorted({min(2, resident), resident}):
-        found[f"dq {n} row tiles"] = of(dq=dataclasses.replace(base.dq, row_tiles=n))
+    def several(own: WalkConfig, heads: int, length: int) -> dict[str, WalkConfig]:
+        """With 1, 2 and as many row tiles as an SM gets."""
+        resident = cdiv(heads * own.split * cdiv(length, own.rows), tuning.SMS)
+        return {f"{n} row tiles": dataclasses.replace(own, row_tiles=n) for n in sorted({1, min(2, resident), resident})}
+
+    heads = case.batch * case.kv_heads
+    found |= {f"dq {name}": of(dq=own) for name, own in several(base.dq, case.batch * case.q_heads, case.query_len).items()}
+    for part, one in {"dkv": base.dkv, "dk": base.dk, "dv": base.dv}.items():
+        if one is not None and (part == "dkv") == (base.dkv is not None):
+            found |= {f"{part} {name}": of(**{part: own}) for name, own in several(one, heads, case.key_len).items()}
     if case.q_heads > case.kv_heads:
         for n in (1, 2, 4):
             found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:
         wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64)
-        for name, own in {
-            "fused": wide,
-            "fused, masks all": dataclasses.replace(wide, masks_all=True),
-            "fused, three stages": dataclasses.replace(wide, stages=3),
-            "fused, 64 queries": dataclasses.replace(wide, block_k=64),
-        }.items():
+        tiled = {f"fused, {name}": own for name, own in several(wide, heads, case.key_len).items()}
+        for name, own in {**tiled, "fused, masks all": dataclasses.replace(wide, masks_all=True)}.items():
             found[name] = of(fused=own)
     if case.head_dim == 256:
         found["dq not plain"] = of(dq=WalkConfig(masks_all=True, brief=1))
@@ -113,8 +124,9 @@ def backward_call(
 ) -> Any:
     mask = causal().with_batch((case.batch,)) if case.causal else None
     found = flash_backward.backward(
-        q, k, v, dout, lse, delta, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, wants=wants, config=config
-    )
+        q, k, v, dout, lse, delta, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, wants=wants, config=config,
+        **drops(case),
+    )  # fmt: skip
     return [found[name] for name in wants]
 
 
@@ -122,7 +134,7 @@ def backward_operands(case: Case) -> list[Any]:
     (q, k, v), _ = operands(case)
     dout = cotangent(q)
     mask = causal().with_batch((case.batch,)) if case.causal else None
-    out, lse = flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask)
+    out, lse = flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, **drops(case))
     return [q, k, v, dout, lse, flash_backward.row_deltas(out, dout, None, 1)]
 
 
@@ -141,7 +153,7 @@ def export_all(directory: pathlib.Path, only: str, backward: bool, variant: str)
         if only not in case.name or case.extra == "segments":
             continue
         if backward:
-            if case.extra:
+            if case.extra not in ("", "dropout"):
                 continue
             (q, k, v), _ = jax.eval_shape(lambda case=case: operands(case))
             row = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)

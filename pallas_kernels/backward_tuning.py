@@ -1,4 +1,13 @@
-"""Which configuration a backward call gets. Measured on an H200, 2026-11-25, jax 0.11.2 (NOTES.md, "Hopper backward")."""
+"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25, jax 0.11.2 (NOTES.md, "Hopper backward").
+
+Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them, and
+rows differ or are short. One / all of them, microseconds on an H100: D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 /
+167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233;
+L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
+
+The fused kernel adds to dq in any order, so it is chosen only where it is more than 10 % faster than the pair. Pair / fused, TFLOP/s:
+D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291. D128 L16384 571 / 527, causal 526 / 553.
+"""
 
 from __future__ import annotations
 
@@ -11,56 +20,63 @@ from pallas_kernels.visits import cdiv
 
 
 def backward_config(
-    *, head_dim: int, value_head_dim: int, masked: bool = False, drops: bool = False, bias_bytes: int = 0
-) -> BackwardConfig:
-    """The configuration for these head dims.
+    *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
+    sloped: bool = False, seen: float | None = None, drops: bool = False, bias_bytes: int = 0, deterministic: bool = True,
+) -> BackwardConfig:  # fmt: skip
+    """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked: there is a mask; drops: dropout; bias_bytes: of an element of a bias as large as the scores, 0 without one.
+    masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s. deterministic: the same bits each time, so not the fused
+    kernel.
 
-    >>> backward_config(head_dim=256, value_head_dim=256).dkv is None
+    >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv is None
     True
     """
     wide = max(head_dim, value_head_dim)
+    seen = key_len if seen is None else seen
+    several = seen <= 512 or (sloped and seen <= SHORT)
     dkv: WalkConfig | None = None
+    fused: WalkConfig | None = None
     if wide <= 64:
         # beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)
         dq = dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
+        fused = None if deterministic or several else WalkConfig(block_k=128, half=True)
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
     elif wide <= 192:
         dq = dk = dv = WalkConfig(masks_all=True)
     else:
-        # not measured: two warpgroups that spill 170 to 400 bytes, for one that spills 60 to 270 and has nobody to fill its gaps
+        # full, L 16384: 7671 us, not plain 8271, one warpgroup that spills less 7905; causal 3834, 5123, 3983
         dq = WalkConfig(masks_all=True, brief=1, plain=True)
-        dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)
+        dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # 5461 us, one warpgroup 6835
         dv = WalkConfig(masks_all=True)
-    found = {"dq": dq, "dkv": dkv, "dk": dk, "dv": dv}
+    own = {"dkv": dkv, "dk": dk, "dv": dv}
+    own = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()} | {"dq": dq}
+    if several:
+        items = {"dq": heads * cdiv(query_len, dq.rows)}
+        items |= {name: heads // group * one.split * cdiv(key_len, one.rows) for name, one in own.items() if one and name != "dq"}
+        own |= {name: dataclasses.replace(own[name], row_tiles=cdiv(n, tuning.SMS)) for name, n in items.items()}
     dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "bias_bytes": bias_bytes}
-    return BackwardConfig(**{name: own and fitted(name, own, **dims) for name, own in found.items()})  # type: ignore[arg-type]
+    found = {name: one and fitted(name, one, **dims) for name, one in {**own, "fused": fused}.items()}
+    return BackwardConfig(**found)  # type: ignore[arg-type]
 
+
+SHORT = 3072
+"""Keys that a row sees on average under a causal mask of length 4096, and some."""
 
 PROGRAMS = 3 * tuning.SMS
 """Fewer of them leave SMs idle under a causal mask, where the heaviest is twice the average one."""
 
 
-def shared_out(config: BackwardConfig, *, heads: int, key_len: int, group: int) -> BackwardConfig:
-    """The configuration whose dk and dv kernels have PROGRAMS programs, if the group's query heads can be divided for it.
+def _shared_out(own: WalkConfig, heads: int, key_len: int, group: int) -> WalkConfig:
+    """The configuration with PROGRAMS programs, if the query heads of a group can be divided for it; heads: B * H, of keys.
 
-    heads: B * H, of keys. Qwen2-7B's 4, at 4096 keys and causal: 128 programs, the heaviest of which takes twice as long as all of
-    them would if they were even.
-
-    >>> base = backward_config(head_dim=128, value_head_dim=128)
-    >>> shared_out(base, heads=4, key_len=4096, group=7).dk.split, shared_out(base, heads=16, key_len=16384, group=1).dk.split
-    (4, 1)
+    Qwen2-7B's 4, at 4096 keys and causal: 128 programs, the heaviest of which takes twice as long as all of them would if they were
+    even: 704 us; in 2 shares 586, in 4 482 (H100, 2026-11-25).
     """
-
-    def own(one: WalkConfig | None) -> Any:
-        return one and dataclasses.replace(one, split=min(group, cdiv(PROGRAMS, heads * cdiv(key_len, one.rows))))
-
-    return dataclasses.replace(config, dkv=own(config.dkv), dk=own(config.dk), dv=own(config.dv))
+    return dataclasses.replace(own, split=max(1, min(group, cdiv(PROGRAMS, heads * cdiv(key_len, own.rows)))))
 
 
 LESS: tuple[dict[str, Any], ...] = (
@@ -96,4 +112,5 @@ def shared_bytes(
     tiles = config.block_k * (q_stages * E + (config.stages if kernel == "fused" else config.brief_stages) * Ev)
     numbers = 4 * q_stages * config.block_k * ((3 if bias_bytes else 2) + (2 if drops else 0))
     dq = 2 * 2 * config.rows * config.block_k + 4 * config.block_k * E if kernel == "fused" else 0
-    return 2 * (own + tiles) + numbers + dq + ring
+    results = config.rows * E if config.row_tiles > 1 and kernel != "fused" and E == Ev else 0
+    return 2 * (own + tiles + results) + numbers + dq + ring

@@ -40,7 +40,7 @@ def longer(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
     return jnp.pad(x, widths) if any(more for _, more in widths) else x
 
 
-def _slope(mask: Any, L: int, S: int) -> tuple[bool, float]:
+def slope(mask: Any, L: int, S: int) -> tuple[bool, float]:
     """(whether rows see different keys, how many keys 128 of them see on average); a guess where the mask holds arrays."""
     if mask is None or mask.is_prefix:
         return False, S
@@ -86,7 +86,7 @@ def forward(
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
     static_scale = scale if isinstance(scale, float) else None
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
-    (sloped, seen), masked = _slope(mask, L, S), mask is not None or keep is not None
+    (sloped, seen), masked = slope(mask, L, S), mask is not None or keep is not None
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     if bias_bytes := dense.tile_bytes(bias):

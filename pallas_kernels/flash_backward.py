@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import backward_tuning, dense
 from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig
-from pallas_kernels.flash_attention import hidden_by, longer, up
+from pallas_kernels.flash_attention import hidden_by, longer, slope, up
 
 WANTS = ("query", "key", "value")
 
@@ -26,13 +26,14 @@ def backward(
     query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, *, layout: str,
     scale: Any, softcap: float | None = None, mask: Any = None, bias: Any = None, row_sum: Any = None, keep: Any = None,
     seeds: Any = None, dropout_p: float = 0.0, generator: Any = None, wants: tuple[str, ...] = WANTS,
-    config: BackwardConfig | None = None, interpret: Any = None,
+    deterministic: bool = True, config: BackwardConfig | None = None, interpret: Any = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """{'query': dq, 'key': dk, 'value': dv, 'bias': dbias} by the Hopper kernels, those of `wants`; arguments as in
     `flash_attention.forward`.
 
     dout: as out, in query's dtype. lse, delta: (B, Hq, L) float32, of the forward and of `row_deltas`. With a bias p is
     exp(s - lse) / row_sum: lse may be the row's maximum, because that of a row of -1e9 has lost the logarithm of its sum.
+    deterministic: the same bits each time; else, where that is much faster, key tiles add to dq in any order (`adds_in_any_order`).
 
     Rows that attend to nothing (lse = -inf) give and get zeros, if query and dout are numbers there.
     """
@@ -51,21 +52,21 @@ def backward(
         }  # fmt: skip
         static = {
             "layout": layout, "softcap": softcap, "dropout_p": dropout_p, "generator": generator, "config": config,
-            "interpret": interpret, **({"scale": scale} if isinstance(scale, float) else {}),
+            "deterministic": deterministic, "interpret": interpret, **({"scale": scale} if isinstance(scale, float) else {}),
         }  # fmt: skip
         return _by_batch_entry(B, bias, wants, per_batch, static)
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
     if dropout_p > 0 and not drops:  # p = 1: every weight is dropped, lse is that of the softmax before
         dout = jnp.zeros_like(dout)
+    (sloped, seen), masked = slope(mask, L, S), mask is not None or keep is not None
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     bias_kind = None if bias is None else dense.kind(bias)
     if config is None:
         config = backward_tuning.backward_config(
-            head_dim=E, value_head_dim=Ev, masked=mask is not None or keep is not None, drops=drops,
-            bias_bytes=dense.tile_bytes(bias),
+            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
+            seen=seen, drops=drops, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic,
         )  # fmt: skip
-        config = backward_tuning.shared_out(config, heads=B * H, key_len=S, group=Hq // H)
     static_scale = scale if isinstance(scale, float) else None
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0
@@ -107,13 +108,14 @@ def backward(
                 interpret=interpret,
             )  # fmt: skip
             if fused:
-                results, dq_sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, arguments, interpret)
+                like = [(*x.shape[:heads_axis], H * own.split, *x.shape[heads_axis + 1 :]) for x in given[1:3]]
+                results, dq_sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, arguments, like, interpret)
                 dq_sums = (dq_sums * (scale_of_sums(scale) * survivors)).astype(query.dtype)
                 found["query"] = dq_sums if heads_axis == 1 else jnp.swapaxes(dq_sums, 1, 2)
             else:
                 results = run(*arguments)
-                if own.split > 1:
-                    results = [*(_of_group(x, own.split, heads_axis) for x in results[: len(keys)]), *results[len(keys) :]]
+            if own.split > 1:
+                results = [*(_of_group(x, own.split, heads_axis) for x in results[: len(keys)]), *results[len(keys) :]]
             names, sums = keys, sums and "key" in keys
         if sums:
             *results, per_row = results
@@ -180,12 +182,15 @@ def scale_of_sums(scale: Any) -> Any:
     return scale if isinstance(scale, float) else scale.astype(jnp.float32).reshape(-1, 1, 1, 1)
 
 
-def added_into(shape: tuple[int, ...], run: Any, given: list[Any], interpret: Any) -> tuple[list[jax.Array], jax.Array]:
-    """(run's results, the float32 sums of `shape` that it adds up in memory)."""
+def added_into(
+    shape: tuple[int, ...], run: Any, given: list[Any], like: list[tuple[int, ...]], interpret: Any
+) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, of the shapes `like`; the float32 sums of `shape` that it adds up in memory)."""
     if interpret is not None:
         *results, parts = run(*given)
         return results, unwritten_as_zero(parts).sum(0)
-    return with_reference(run, given, given[1:3], jnp.zeros(shape, jnp.float32))
+    results = [jax.ShapeDtypeStruct(of, given[0].dtype) for of in like]
+    return with_reference(run, given, results, jnp.zeros(shape, jnp.float32))
 
 
 def unwritten_as_zero(x: jax.Array) -> jax.Array:
@@ -208,7 +213,7 @@ def with_reference(run: Any, given: list[Any], like: list[Any], start: jax.Array
         for ref, result in zip(results, run(*given, target), strict=True):
             ref[...] = result
 
-    end, *results = pl.run_state(stage)((start, *(jnp.zeros_like(x) for x in like)))
+    end, *results = pl.run_state(stage)((start, *(jnp.zeros(x.shape, x.dtype) for x in like)))
     return results, end
 
 
