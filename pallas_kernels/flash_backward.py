@@ -16,8 +16,9 @@ WANTS = ("query", "key", "value")
 
 
 def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array | None, heads_axis: int) -> jax.Array:
-    """delta = sum(out * dout) - dlse of every row, (B, Hq, L) float32: the cotangent of lse joins with the opposite sign."""
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+    """delta = sum(out * dout) - dlse of every row, (B, Hq, L) float32 (float64): lse's cotangent joins with the opposite sign."""
+    dtype = jnp.promote_types(out.dtype, jnp.float32)
+    delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), -1)
     delta = delta if heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
     return delta if dlse is None else delta - dlse
 

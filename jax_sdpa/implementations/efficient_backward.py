@@ -221,10 +221,7 @@ def backward(
     """The cotangents of the operands named in `wrt`."""
     dtype = scores.compute_dtype(request)
     dout = jnp.zeros_like(out) if dout is None else scores.existing_only(request, lse, dout)
-    delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), -1)  # (B, Hq, L), or (B, L, Hq)
-    delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
-    if dlse is not None:
-        delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+    delta = scores.row_deltas(request, out, lse, dout, dlse)
     if request.masks:
         request = dataclasses.replace(request, query=scores.existing_only(request, lse, request.query))
 

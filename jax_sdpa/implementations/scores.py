@@ -14,6 +14,7 @@ from jax import lax
 
 from jax_sdpa import dropout
 from jax_sdpa.request import SdpaRequest
+from pallas_kernels import flash_backward
 
 
 def compute_dtype(request: SdpaRequest) -> Any:
@@ -104,6 +105,12 @@ def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Arr
             empty = empty | ~(sees if sees.ndim == 2 else sees[None])[:, None]
     empty = empty if request.heads_axis == 1 else jnp.swapaxes(empty, 1, 2)
     return jnp.where(empty[..., None], jnp.zeros((), x.dtype), x)
+
+
+def row_deltas(request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:
+    """sum(out * dout) - dlse of every row, (B, Hq, L); the lse of a row that attends to nothing has no derivative."""
+    dlse = None if dlse is None else jnp.where(jnp.isneginf(lse), 0, dlse)
+    return flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
 
 
 def split_scale(request: SdpaRequest, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:

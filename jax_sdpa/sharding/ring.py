@@ -24,6 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sdpa import dropout, primitive
+from jax_sdpa.implementations import scores
 from jax_sdpa.masks import Mask
 from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
 from jax_sdpa.sharding import merge
@@ -252,9 +253,7 @@ def _backward_local(ring: Ring, specs: SdpaRequest, arrays: Sequence[Any], *give
 def _sinks_gradient(local: _Local, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:
     """dsinks = -sum(p_sink * delta): a sink is a key without a value."""
     request = local.request
-    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
-    delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
-    delta = delta if dlse is None else delta - dlse
+    delta = scores.row_deltas(request, out, lse, dout, dlse)
     sinks = request.sinks[:, :, None].astype(lse.dtype)
     sinks = sinks if local.top is None else sinks - local.top[..., 0]
     per_head = jnp.sum(-jnp.exp(sinks - jnp.where(jnp.isneginf(lse), jnp.inf, lse)) * delta, -1)
