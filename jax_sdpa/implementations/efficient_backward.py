@@ -254,9 +254,9 @@ def backward(
     return found
 
 
-def sinks_gradient(request: SdpaRequest, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """dsinks = -sum(p_sink * delta): a sink is a key without a value."""
-    p_sink = jnp.exp(request.sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+def sinks_gradient(request: SdpaRequest, lse: jax.Array, delta: jax.Array, top: Any = 0) -> jax.Array:
+    """dsinks = -sum(p_sink * delta): a sink is a key without a value. top: what lse comes less, (B|1, Hq|1, L|1)."""
+    p_sink = jnp.exp(request.sinks[:, :, None] - top - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
     return _summed(jnp.sum(-p_sink * delta, -1), request.sinks)
 
 

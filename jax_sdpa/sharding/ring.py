@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sdpa import dropout, primitive
 from jax_sdpa.implementations import scores
+from jax_sdpa.implementations.efficient_backward import sinks_gradient
 from jax_sdpa.masks import Mask
 from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
 from jax_sdpa.sharding import merge
@@ -245,19 +246,11 @@ def _backward_local(ring: Ring, specs: SdpaRequest, arrays: Sequence[Any], *give
         keys = local.passed_on(keys)  # home
     found = {**sums, "key": keys[0], "value": keys[1]}
     if request.sinks is not None:
-        found["sinks"] = _sinks_gradient(local, *given)
+        out, lse, dout, dlse = given
+        delta, top = scores.row_deltas(request, out, lse, dout, dlse), 0 if local.top is None else local.top[..., 0]
+        found["sinks"] = sinks_gradient(request, lse, delta, top)
     over = (ring.axes.sequence, *ring.axes.batch, *ring.axes.heads)
     return {name: ring.axes.summed(x, getattr(specs, name), over).astype(getattr(request, name).dtype) for name, x in found.items()}
-
-
-def _sinks_gradient(local: _Local, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:
-    """dsinks = -sum(p_sink * delta): a sink is a key without a value."""
-    request = local.request
-    delta = scores.row_deltas(request, out, lse, dout, dlse)
-    sinks = request.sinks[:, :, None].astype(lse.dtype)
-    sinks = sinks if local.top is None else sinks - local.top[..., 0]
-    per_head = jnp.sum(-jnp.exp(sinks - jnp.where(jnp.isneginf(lse), jnp.inf, lse)) * delta, -1)
-    return per_head.sum(0, keepdims=True) if request.sinks.shape[0] == 1 else per_head
 
 
 def _forward(ring: Ring, arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
