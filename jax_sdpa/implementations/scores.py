@@ -22,8 +22,10 @@ def compute_dtype(request: SdpaRequest) -> Any:
     return jnp.promote_types(request.query.dtype, jnp.float32)
 
 
-def dense_tile(array: jax.Array, q0: Any, bq: Any, k0: Any, bk: Any) -> jax.Array:
-    """The tile of a (B|1, Hq|1, L|1, S|1) array; broadcast dims stay 1."""
+def dense_tile(array: Any, q0: Any, bq: Any, k0: Any, bk: Any) -> Any:
+    """The tile of a (B|1, Hq|1, L|1, S|1) array, or None of None; broadcast dims stay 1."""
+    if array is None:
+        return None
     for axis, start, size in ((2, q0, bq), (3, k0, bk)):
         if array.shape[axis] != 1 and array.shape[axis] != size:
             array = lax.dynamic_slice_in_dim(array, jnp.asarray(start, jnp.int32), size, axis)

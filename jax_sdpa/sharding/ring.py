@@ -65,10 +65,6 @@ def _cut(x: Any, axis: int, n: int, pieces: int) -> Any:
     return lax.slice_in_dim(x, n * size, (n + 1) * size, axis=axis)
 
 
-def _columns(x: Any, start: Any, size: int) -> Any:
-    return x if x is None or x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, jnp.asarray(start, jnp.int32), size, 3)
-
-
 def _key_ids(mask: Mask) -> list[Any]:
     """What of a mask belongs to keys, one after the other."""
     found: list[Any] = []
@@ -113,16 +109,15 @@ class _Local:
             for mask, own in zip(request.masks, ids, strict=True)
         )
         query, S = self.rows(request.query, n_q, along), key.shape[along]
-        columns = pair.stored(self.device, step, S)
-        bias, keep = (_columns(self.rows(x, n_q, 2), columns, S) for x in (request.bias, request.keep_mask))
-        if bias is not None:
-            bias = bias.astype(self.top.dtype) - self.rows(self.top, n_q, 2)
+        L, columns = query.shape[along], pair.stored(self.device, step, S)
+        bias, keep = (scores.dense_tile(x, n_q * L, L, columns, S) for x in (request.bias, request.keep_mask))
         seeds = request.dropout_seeds
         if seeds is not None:
-            seeds = dropout.seeds_at(seeds, *pair.starts(self.device, step, query.shape[along], S))
+            seeds = dropout.seeds_at(seeds, *pair.starts(self.device, step, L, S))
         found = dataclasses.replace(
-            request, query=query, key=key, value=value, bias=bias, keep_mask=keep, masks=masks, sinks=None, dropout_seeds=seeds
-        )
+            request, query=query, key=key, value=value, bias=merge.bias_less(bias, self.rows(self.top, n_q, 2)), keep_mask=keep,
+            masks=masks, sinks=None, dropout_seeds=seeds,
+        )  # fmt: skip
         return pair, found.with_spec(part=True, wrt=tuple(name for name in WRT if getattr(request, name) is not None))
 
     def attend(self, travel: Any, states: list[State], steps: Sequence[int], step: Any) -> list[State]:
@@ -171,11 +166,6 @@ class _Local:
                 parts.append(own[name])
         return sums, (jnp.concatenate(keys["key"], along), jnp.concatenate(keys["value"], along))
 
-    def sinks(self, n: int) -> Any:
-        """Those of the n-th piece of queries, less the bias's largest number, as the scores are."""
-        sinks = self.request.sinks
-        return sinks if sinks is None or self.top is None else sinks[:, :, None] - self.rows(self.top, n, 2)[..., 0]
-
     @property
     def dtype(self) -> Any:
         return jnp.promote_types(self.request.query.dtype, jnp.float32)
@@ -212,7 +202,8 @@ def _forward_local(ring: Ring, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         (travel, states), _ = lax.scan(step, (travel, states), jnp.arange(1, n - 1, dtype=jnp.int32))
     states = local.attend(travel, states, (n - 1,), n - 1)
     finished = [
-        merge.with_sinks(state, local.sinks(n_q), request.heads_axis) for n_q, state in zip(local.pieces, states, strict=True)
+        merge.with_sinks(state, merge.sinks_less(request.sinks, local.rows(local.top, n_q, 2)), request.heads_axis)
+        for n_q, state in zip(local.pieces, states, strict=True)
     ]
     out = jnp.concatenate([out for out, _ in finished], request.length_axis)
     return out.astype(request.query.dtype), jnp.concatenate([lse for _, lse in finished], 2)
@@ -270,18 +261,13 @@ def _forward(ring: Ring, arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]
 def attend(ring: Ring, arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of the request whose leaves are `arrays`, laid out as `ring.specs` says."""
     out, low = _forward(ring, arrays)
-    return out, _whole_lse(ring, arrays, low)
-
-
-def _whole_lse(ring: Ring, arrays: tuple[Any, ...], low: jax.Array) -> jax.Array:
-    top = merge.largest(ring.request(arrays).bias)
-    return low if top is None else low + jnp.broadcast_to(top[..., 0], low.shape).astype(low.dtype)
+    return out, merge.whole(low, merge.largest(ring.request(arrays).bias))
 
 
 def _attend_fwd(ring: Ring, arrays: tuple[Any, ...]) -> Any:
     out, low = _forward(ring, arrays)
     out, low = checkpoint_name(out, primitive.OUT_NAME), checkpoint_name(low, primitive.LSE_NAME)
-    return (out, _whole_lse(ring, arrays, low)), (arrays, out, low)
+    return (out, merge.whole(low, merge.largest(ring.request(arrays).bias))), (arrays, out, low)
 
 
 def _attend_bwd(ring: Ring, residuals: Any, cotangents: Any) -> Any:
