@@ -330,5 +330,5 @@ def tangent(
     if "sinks" in tangents:
         safe = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
         dlse = dlse + jnp.exp(request.sinks[:, :, None] - safe) * tangents["sinks"][:, :, None]
-    per_row = dlse if request.heads_axis == 1 else jnp.swapaxes(dlse, 1, 2)
-    return (dout - out.astype(dtype) * per_row[..., None]).astype(out.dtype), dlse.astype(lse.dtype)
+    dout = dout - out.astype(dtype) * scores.beside_out(dlse, request.heads_axis)
+    return dout.astype(out.dtype), dlse.astype(lse.dtype)

@@ -95,6 +95,11 @@ def seen_only(request: SdpaRequest, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.reshape(valid, shape), x, jnp.zeros((), x.dtype))
 
 
+def beside_out(x: jax.Array, heads_axis: int) -> jax.Array:
+    """A number per row, (B, Hq, L), to stand beside out, or queries."""
+    return (x if heads_axis == 1 else jnp.swapaxes(x, 1, 2))[..., None]
+
+
 def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Array:
     """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN.
 
@@ -105,8 +110,7 @@ def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Arr
         sees = request.mask.transposed().key_valid(request.key_len, request.query_len)
         if sees is not None:
             empty = empty | ~(sees if sees.ndim == 2 else sees[None])[:, None]
-    empty = empty if request.heads_axis == 1 else jnp.swapaxes(empty, 1, 2)
-    return jnp.where(empty[..., None], jnp.zeros((), x.dtype), x)
+    return jnp.where(beside_out(empty, request.heads_axis), jnp.zeros((), x.dtype), x)
 
 
 def row_deltas(request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_sdpa.implementations.scores import beside_out
 from jax_sdpa.request import SdpaRequest
 
 State = tuple[jax.Array, jax.Array]  # out in the layout of the queries and lse (B, Hq, L), both float32 or float64
@@ -49,11 +50,6 @@ def sinks_less(sinks: jax.Array | None, top: Any) -> Any:
 def whole(lse: jax.Array, top: Any) -> jax.Array:
     """lse with what was taken off."""
     return lse if top is None else lse + jnp.broadcast_to(top[..., 0], lse.shape).astype(lse.dtype)
-
-
-def beside_out(x: jax.Array, heads_axis: int) -> jax.Array:
-    """A number per row, (B, Hq, L), to stand beside out."""
-    return (x if heads_axis == 1 else jnp.swapaxes(x, 1, 2))[..., None]
 
 
 def _share(lse: jax.Array, total: jax.Array) -> jax.Array:
