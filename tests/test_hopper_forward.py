@@ -193,8 +193,7 @@ def test_the_interpreted_kernel_gives_the_oracles_numbers(name):
     check(problem, on_kernel(problem, **options))
 
 
-ON_A_GPU = {
-    **CASES,
+LONG = {
     "long, full": lambda: (make(512, 1024, B=1, Hq=2, Hk=1, E=128), {}),
     "long, causal": lambda: (make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal()}),
     "long, window, odd tiles": lambda: (
@@ -202,6 +201,7 @@ ON_A_GPU = {
     ),
     "192 and 128": lambda: (make(520, 776, B=1, Hq=2, E=192, Ev=128), {"config": NARROW}),
 }  # fmt: skip
+ON_A_GPU = CASES | LONG
 
 
 @pytest.mark.gpu
