@@ -11,7 +11,6 @@ ratio of unequal shares would be none.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import saved
 from benchmarks.peers import Call
-from benchmarks.run import RESULTS, machine
+from benchmarks.run import machine
 from jax_sdpa import scaled_dot_product_attention
 from jax_sdpa.attention.bias import KeyLengths
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=10.0, help="per row")
-    parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json")
+    parser.add_argument("--save", default=None, help=saved.HELP)
     args = parser.parse_args(argv)
     rows = []
     for name, (stops, starts) in ROWS.items():
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if args.save:
-        (RESULTS / f"{args.save}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        saved.save(args.save, machine(), rows=rows)
     return 0
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import datetime
 import functools
-import json
 import os
 import pathlib
 import re
@@ -31,8 +29,8 @@ import jax.numpy as jnp
 from jax import export
 from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
+from benchmarks import saved
 from benchmarks.cases import GPU_CASES, Case
-from benchmarks.run import RESULTS
 from jax_sdpa import explain, scaled_dot_product_attention
 from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
 from jax_sdpa.device import assume_device
@@ -244,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--jax-nn", action="store_true", help="jax.nn's cuDNN as well")
-    parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json, or to this path if it has a slash")
+    parser.add_argument("--save", default=None, help=saved.HELP)
     parser.add_argument(
         "--export", type=pathlib.Path, default=None, help="no GPU needed: only lower the programs, into this directory"
     )
@@ -257,10 +255,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    machine = {
-        "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "jax": jax.__version__,
-        "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
-    }  # fmt: skip
+    machine = saved.machine(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version())
     print(machine, "TFLOP/s of device time", flush=True)
     rows = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -269,9 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(measure(case, program, args.rounds, args.jax_nn, args.backward))
         torch.cuda.empty_cache()
         if args.save:  # after each row: what was measured stays when time runs out
-            path = args.save if "/" in args.save else RESULTS / f"{args.save}.json"
-            with open(path, "w") as file:
-                json.dump({"machine": machine, "rows": rows}, file, indent=1)
+            saved.save(args.save, machine, rows=rows)
     return 0
 
 

@@ -14,7 +14,6 @@ script runs, and no speedup).
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import pathlib
 import platform
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import timing
+from benchmarks import saved, timing
 from jax_sdpa import scaled_dot_product_attention
 from jax_sdpa.sharding import context_parallel_attention, explain_context_parallel, from_zigzag, to_zigzag
 
@@ -139,11 +138,9 @@ def main() -> None:
         batch, length = (4 * args.devices, args.batch_length) if name == "batch" else (1, args.length)
         rows.append(measure(mesh, name, operands(batch, args.heads, length, args.head_dim, args.dtype), args.seconds))
         print(json.dumps(rows[-1]), flush=True)
-    described = {
-        "date": datetime.date.today().isoformat(), "devices": [device.device_kind for device in mesh.devices.flat],
-        "jax": jax.__version__, "python": platform.python_version(), "dtype": args.dtype,
-    }  # fmt: skip
-    args.save.write_text(json.dumps({"machine": described, "errors": wrong, "rows": rows, "plan": str(plan)}, indent=1) + "\n")
+    kinds = [device.device_kind for device in mesh.devices.flat]
+    machine = saved.machine(devices=kinds, python=platform.python_version(), dtype=args.dtype)
+    saved.save(args.save, machine, errors=wrong, rows=rows, plan=str(plan))
 
 
 if __name__ == "__main__":

@@ -6,33 +6,27 @@ python -m benchmarks.run [--dtype float32] [--only 1024] [--backend MATH] [--sec
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import pathlib
 import platform
 import sys
+from typing import Any
 
-import jax
-
-from benchmarks import peers, timing
+from benchmarks import peers, saved, timing
 from benchmarks.cases import CPU_CASES, CPU_DTYPES
+from benchmarks.saved import RESULTS as RESULTS  # `benchmarks.gpu_decode` has it from here
 from jax_sdpa.attention import SDPBackend
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 
-
-def machine() -> dict[str, object]:
-    """Date, versions, processor and threads: what a figure is worth nothing without."""
+def machine() -> dict[str, Any]:
+    """Versions, processor and threads."""
     import torch
 
     info = pathlib.Path("/proc/cpuinfo")
     described = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in described if line.startswith("model name")), platform.processor())
-    return {
-        "date": datetime.date.today().isoformat(), "processor": model, "torch capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(), "jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+    facts = {"processor": model, "torch capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    return saved.machine(**facts, torch=torch.__version__, python=platform.python_version())
 
 
 def measure(dtype: str, mode: str, only: str, backend: SDPBackend | None, seconds: float) -> list[dict[str, object]]:
@@ -65,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--backend", choices=[b.name for b in SDPBackend], default=None, help="default: our own choice")
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
-    parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json")
+    parser.add_argument("--save", default=None, help=saved.HELP)
     args = parser.parse_args(argv)
     backend = None if args.backend is None else SDPBackend[args.backend]
     rows: list[dict[str, object]] = []
@@ -77,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
                 mean = math.exp(sum(math.log(float(row["ratio"])) for row in group) / len(group))  # type: ignore[arg-type]
                 print(f"== {dtype} {mode}: geometric mean of ours/torch {mean:.3f}", flush=True)
     if args.save:
-        (RESULTS / f"{args.save}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        saved.save(args.save, machine(), rows=rows)
     return 0
 
 

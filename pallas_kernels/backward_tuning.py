@@ -5,7 +5,7 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233;
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
-The fused kernel adds to dq in any order, so it is chosen only where it is more than 10 % faster than the pair. Pair / fused, TFLOP/s:
+The fused kernel adds to dq in any order, so it is chosen only where it is over 10 % faster than the pair. Pair / fused, TFLOP/s:
 D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291. D128 L16384 571 / 527, causal 526 / 553.
 """
 

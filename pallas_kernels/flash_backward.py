@@ -16,8 +16,9 @@ WANTS = ("query", "key", "value")
 
 
 def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array | None, heads_axis: int) -> jax.Array:
-    """delta = sum(out * dout) - dlse of every row, (B, Hq, L) float32: the cotangent of lse joins with the opposite sign."""
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+    """delta = sum(out * dout) - dlse of every row, (B, Hq, L) float32 (float64): lse's cotangent joins with the opposite sign."""
+    dtype = jnp.promote_types(out.dtype, jnp.float32)
+    delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), -1)
     delta = delta if heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
     return delta if dlse is None else delta - dlse
 
@@ -46,15 +47,12 @@ def backward(
     B, Hq, L, E = query.shape[0], query.shape[heads_axis], query.shape[length_axis], query.shape[3]
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
     if "bias" in wants and dense.kind(bias) == "tile" and bias.shape[0] != B:
-        per_batch = {
-            "query": query, "key": key, "value": value, "dout": dout, "lse": lse, "delta": delta, "mask": mask, "row_sum": row_sum,
-            "keep": keep, "seeds": seeds, "scale": None if isinstance(scale, float) else scale,
+        given = {
+            "query": query, "key": key, "value": value, "dout": dout, "lse": lse, "delta": delta, "layout": layout, "scale": scale,
+            "softcap": softcap, "mask": mask, "row_sum": row_sum, "keep": keep, "seeds": seeds, "dropout_p": dropout_p,
+            "generator": generator, "deterministic": deterministic, "config": config, "interpret": interpret,
         }  # fmt: skip
-        static = {
-            "layout": layout, "softcap": softcap, "dropout_p": dropout_p, "generator": generator, "config": config,
-            "deterministic": deterministic, "interpret": interpret, **({"scale": scale} if isinstance(scale, float) else {}),
-        }  # fmt: skip
-        return _by_batch_entry(B, bias, wants, per_batch, static)
+        return _by_batch_entry(B, bias, wants, given)
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
     if dropout_p > 0 and not drops:  # p = 1: every weight is dropped, lse is that of the softmax before
         dout = jnp.zeros_like(dout)
@@ -131,23 +129,20 @@ def _of_group(parts: jax.Array, split: int, axis: int) -> jax.Array:
     return parts.astype(jnp.float32).reshape(shape).sum(axis + 1).astype(parts.dtype)
 
 
-def _by_batch_entry(
-    batch: int, bias: jax.Array, wants: tuple[str, ...], per_batch: dict[str, Any], static: dict[str, Any]
-) -> dict[str, jax.Array]:
+def _by_batch_entry(batch: int, bias: jax.Array, wants: tuple[str, ...], given: dict[str, Any]) -> dict[str, jax.Array]:
     """`backward` with a bias (1, Hq|1, L, S) that all batch entries share: its gradient is their sum, and a kernel makes that of
     one entry. So dq is made for one after the other, which costs memory for the scores of one; dk and dv for all at once.
 
-    per_batch: arguments with a leading dim of 1 or the batch, trees of them, or None.
+    given: the other arguments; arrays, in trees or not, have a leading dim of 1 or the batch.
     """
-    given = {name: x for name, x in per_batch.items() if x is not None}
     keys = tuple(name for name in wants if name in ("key", "value"))
-    found = backward(**given, **static, bias=bias, wants=keys) if keys else {}
+    found = backward(**given, bias=bias, wants=keys) if keys else {}
 
     def entry(total: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def own(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, b, 1, 0) if x.shape[0] == batch else x
+        def own(x: Any) -> Any:
+            return jax.lax.dynamic_slice_in_dim(x, b, 1, 0) if isinstance(x, jax.Array) and x.shape[0] == batch else x
 
-        one = backward(**jax.tree.map(own, given), **static, bias=bias, wants=("query", "bias"))
+        one = backward(**jax.tree.map(own, given), bias=bias, wants=("query", "bias"))
         return total + one["bias"].astype(jnp.float32), one["query"]
 
     total = jnp.zeros(bias.shape, jnp.float32)

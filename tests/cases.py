@@ -214,3 +214,10 @@ def _seeded(build: Callable[[], Case], seed: int) -> Callable[[], Case]:
 
 
 CASES = {name: _seeded(build, seed) for seed, (name, build) in enumerate(CASES.items())}
+
+
+def in_half(name: str, dtype: Any) -> Case:
+    """The case in float16 or bfloat16, its bias in float32, which goes with either."""
+    problem, mask, options = CASES[name]()
+    problem = problem.rounded(dtype)
+    return (problem if problem.bias is None else problem.but(bias=problem.bias.astype(np.float32))), mask, options

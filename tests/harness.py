@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -116,8 +117,19 @@ def dropped(key: Any, B: int, Hq: int, L: int, S: int, p: float) -> np.ndarray:
     return np.asarray(keep, np.float64) / (1 - dropout.rounded(p))
 
 
-def assert_same_bits(run: Any, args: Any, times: int) -> None:
-    """The same bits from each of so many runs; the comparison stays on the device."""
+def poisoned(problem: Problem, stretches: Sequence[tuple[int, int]] | None) -> Problem:
+    """stretches: for each batch entry the keys that somebody sees; the others, and their values, become NaN. None: as it is."""
+    if stretches is None:
+        return problem
+    problem = problem.but(key=problem.key.copy(), value=problem.value.copy())
+    for b, (start, stop) in enumerate(stretches):
+        hidden = np.r_[:start, stop : problem.key.shape[2]]
+        problem.key[b, :, hidden], problem.value[b, :, hidden] = np.nan, np.nan
+    return problem
+
+
+def assert_same_bits(run: Any, args: Any, times: int) -> Any:
+    """What a run gives, and so many more give the same bits; the comparison stays on the device."""
     run = jax.jit(run)
 
     @jax.jit
@@ -129,3 +141,4 @@ def assert_same_bits(run: Any, args: Any, times: int) -> None:
 
     first = run(*args)
     assert sum(int(differ(run(*args), first)) for _ in range(times)) == 0
+    return first

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, in_half
 from harness import dropped, make, on_jax
 from oracle import band, check, lengths, solve
 
@@ -81,14 +81,6 @@ def test_the_suites_cases_interpreted(name):
     hold(name, problem, interpreted(problem, mask, gradients=own_heads, **options))
 
 
-def _in_half(name, dtype):
-    problem, mask, options = CASES[name]()
-    problem = problem.rounded(dtype)
-    if problem.bias is not None:
-        problem = problem.but(bias=problem.bias.astype(np.float32))
-    return problem, mask, options
-
-
 @needs_mosaic
 def test_a_part_of_a_call_with_dropout_interpreted():
     """The kernels, forward and both of the backward, count queries and keys from where the part begins in the whole call."""
@@ -135,14 +127,14 @@ def test_two_parts_of_the_keys_merged_and_their_gradients_interpreted():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
-    problem, mask, options = _in_half(name, "bfloat16")
+    problem, mask, options = in_half(name, "bfloat16")
     hold(name, problem, on_jax(problem, FLASH, mask=mask, **options))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SOME)
 def test_values_and_gradients_in_float16_with_x64(name):
-    problem, mask, options = _in_half(name, "float16")
+    problem, mask, options = in_half(name, "float16")
     with jax.enable_x64(True):
         check(problem, on_jax(problem, FLASH, mask=mask, **options))
 

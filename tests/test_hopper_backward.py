@@ -12,7 +12,7 @@ import pytest
 from harness import assert_same_bits, dropped, make
 from oracle import band, check, lengths, solve
 from test_hopper_forward import CASES as FORWARD
-from test_hopper_forward import alone
+from test_hopper_forward import LONG, alone
 
 from jax_sdpa import compat, dropout
 from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
@@ -75,12 +75,7 @@ def kernels(
 def on_kernels(problem, *, times=1, **options):
     """{'query', 'key', 'value'}; with `times`, the same call so often, and the same bits each time."""
     run, args = kernels(problem, **options)
-    run = jax.jit(run)
-    found = {name: np.asarray(x) for name, x in run(*args).items()}
-    for _ in range(times - 1):
-        for name, x in run(*args).items():
-            np.testing.assert_array_equal(np.asarray(x).view(np.uint16), found[name].view(np.uint16), err_msg=name)
-    return found
+    return {name: np.asarray(x) for name, x in assert_same_bits(run, args, times - 1).items()}
 
 
 def hold(problem, got):
@@ -93,7 +88,7 @@ def of_forward(name):
     sees them, which `Flash` clears before it comes to the backward kernels (test_flash has them)."""
 
     def build():
-        problem, options = FORWARD[name]()
+        problem, options = (FORWARD | LONG)[name]()
         return problem, {name: x for name, x in options.items() if name not in ("config", "poison")}
 
     return build
@@ -177,13 +172,8 @@ def test_the_interpreted_kernels_give_the_oracles_gradients(name):
 
 ON_A_GPU = {
     **CASES,
-    "long, full": lambda: (make(512, 1024, B=1, Hq=2, Hk=1, E=128), {}),
-    "long, causal": lambda: (make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal()}),
-    "long, window, odd tiles": lambda: (
-        make(520, 776, B=1, Hq=2, E=64, keep=band(520, 776, 300, 5, 256)), {"mask": sliding_window(300, 5, 256)}
-    ),
+    **{name: of_forward(name) for name in LONG},
     "long, causal, 256": lambda: (make(520, 776, B=1, Hq=2, E=256, keep=band(520, 776, -1, 0)), {"mask": causal()}),
-    "192 and 128": lambda: (make(520, 776, B=1, Hq=2, E=192, Ev=128), {}),
     "long, fused": lambda: (make(520, 776, B=1, Hq=2, Hk=1, E=128), {"config": FUSED}),
     "long, fused, causal": lambda: (
         make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal(), "config": FUSED}

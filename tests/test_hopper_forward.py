@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_same_bits, dropped, make
+from harness import assert_same_bits, dropped, make, poisoned
 from oracle import band, check, lengths, same_segment
 
 from jax_sdpa import compat, dropout
@@ -60,21 +60,9 @@ def on_kernel(
     problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, key=None, p=0.0, keep=None, poison=None, interpret=True,
     times=1,
 ):  # fmt: skip
-    """{'out', 'lse'}; with `times`, the same call so often, and the same bits each time.
-
-    poison: for each batch entry the stretch of keys that somebody sees; the others, and their values, become NaN.
-    """
-    for b, (start, stop) in enumerate(poison or ()):
-        hidden = np.r_[:start, stop : problem.key.shape[2]]
-        problem = problem.but(key=problem.key.copy(), value=problem.value.copy())
-        problem.key[b, :, hidden], problem.value[b, :, hidden] = np.nan, np.nan
-    run, args = kernel(problem, dtype, layout, mask, config or ForwardConfig(), key, p, interpret, keep)
-    run = jax.jit(run)
-    out, lse = run(*args)
-    for _ in range(times - 1):
-        again = run(*args)
-        for x, y in zip((out, lse), again, strict=True):
-            np.testing.assert_array_equal(np.asarray(y).view(np.uint8), np.asarray(x).view(np.uint8))
+    """{'out', 'lse'}; with `times`, the same call so often, and the same bits each time. poison: see `harness.poisoned`."""
+    run, args = kernel(poisoned(problem, poison), dtype, layout, mask, config or ForwardConfig(), key, p, interpret, keep)
+    out, lse = assert_same_bits(run, args, times - 1)
     return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
 
 
@@ -205,8 +193,7 @@ def test_the_interpreted_kernel_gives_the_oracles_numbers(name):
     check(problem, on_kernel(problem, **options))
 
 
-ON_A_GPU = {
-    **CASES,
+LONG = {
     "long, full": lambda: (make(512, 1024, B=1, Hq=2, Hk=1, E=128), {}),
     "long, causal": lambda: (make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal()}),
     "long, window, odd tiles": lambda: (
@@ -214,6 +201,7 @@ ON_A_GPU = {
     ),
     "192 and 128": lambda: (make(520, 776, B=1, Hq=2, E=192, Ev=128), {"config": NARROW}),
 }  # fmt: skip
+ON_A_GPU = CASES | LONG
 
 
 @pytest.mark.gpu
@@ -268,9 +256,9 @@ def test_x64_changes_nothing():
 def test_masked_keys_may_hold_nan_and_values_behind_the_end_do_not_exist():
     """A masked score is never looked at; rows past S of the last tile are zeros that TMA fills in."""
     problem = make(72, 200, B=1, Hq=1, E=64, keep=lengths(72, 200, [150])).rounded(jnp.bfloat16)
-    poisoned = problem.key.copy()
-    poisoned[:, :, 150:] = np.nan
-    check(problem, on_kernel(problem.but(key=poisoned), mask=KeyLengths(jnp.array([150]))))
+    keys = problem.key.copy()
+    keys[:, :, 150:] = np.nan
+    check(problem, on_kernel(problem.but(key=keys), mask=KeyLengths(jnp.array([150]))))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, in_half
 from harness import dropped, make, on_jax
 from oracle import band, check, lengths, on_torch, same_segment, solve
 
@@ -41,10 +41,7 @@ MORE_HALF = [*((SOME[i], "bfloat16") for i in (1, 2, 3, 5)), (SOME[4], "float16"
 
 @pytest.mark.parametrize(("name", "dtype"), [*HALF, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_HALF)])
 def test_half_precision_accumulates_in_float32(name, dtype, backend):
-    problem, mask, options = CASES[name]()
-    problem = problem.rounded(dtype)
-    if problem.bias is not None:
-        problem = problem.but(bias=problem.bias.astype(np.float32))
+    problem, mask, options = in_half(name, dtype)
     got = on_jax(problem, backend, mask=mask, **options)
     assert all(got[what].dtype == dtype for what in ("out", "query", "key", "value"))
     assert all(got[what].dtype == np.float32 for what in ("lse", "bias", "sinks", "scale") if what in got)

@@ -115,19 +115,16 @@ def planted(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("operand", ["query", "key", "value"])
-def test_the_loss_through_efficient_stays_in_the_spread_and_a_planted_error_does_not(operand, planted):
+@pytest.mark.parametrize(
+    ("backend", "implementation"),
+    [
+        pytest.param(EFFICIENT, Efficient, marks=pytest.mark.slow, id="efficient"),
+        pytest.param(FLASH, Flash, marks=pytest.mark.gpu, id="flash"),
+    ],
+)
+def test_the_loss_stays_in_the_spread_and_with_a_planted_error_it_does_not(backend, implementation, operand, planted):
     if operand == "query":
-        assert stays(EFFICIENT)
-    planted(Efficient, operand)
-    assert not stays(EFFICIENT)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("operand", ["query", "key", "value"])
-def test_the_loss_through_flash_stays_in_the_spread_and_a_planted_error_does_not(operand, planted):
-    if operand == "query":
-        assert stays(FLASH)
-    planted(Flash, operand)
-    assert not stays(FLASH)
+        assert stays(backend)
+    planted(implementation, operand)
+    assert not stays(backend)

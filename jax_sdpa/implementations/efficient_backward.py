@@ -221,10 +221,7 @@ def backward(
     """The cotangents of the operands named in `wrt`."""
     dtype = scores.compute_dtype(request)
     dout = jnp.zeros_like(out) if dout is None else scores.existing_only(request, lse, dout)
-    delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), -1)  # (B, Hq, L), or (B, L, Hq)
-    delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
-    if dlse is not None:
-        delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+    delta = scores.row_deltas(request, out, lse, dout, dlse)
     if request.masks:
         request = dataclasses.replace(request, query=scores.existing_only(request, lse, request.query))
 
@@ -257,10 +254,14 @@ def backward(
     return found
 
 
-def sinks_gradient(request: SdpaRequest, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """dsinks = -sum(p_sink * delta): a sink is a key without a value."""
-    p_sink = jnp.exp(request.sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
-    return _summed(jnp.sum(-p_sink * delta, -1), request.sinks)
+def _of_sinks(request: SdpaRequest, lse: jax.Array, top: Any = 0) -> jax.Array:
+    """The sinks' probabilities, (B, Hq, L). top: what lse comes less, (B|1, Hq|1, L|1)."""
+    return jnp.exp(request.sinks[:, :, None] - top - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+
+
+def sinks_gradient(request: SdpaRequest, lse: jax.Array, delta: jax.Array, top: Any = 0) -> jax.Array:
+    """dsinks = -sum(p_sink * delta): a sink is a key without a value. top: what lse comes less."""
+    return _summed(jnp.sum(-_of_sinks(request, lse, top) * delta, -1), request.sinks)
 
 
 def _summed(cotangent: jax.Array, operand: jax.Array) -> jax.Array:
@@ -331,7 +332,6 @@ def tangent(
     dout, dlse = chunks.each(body, (jnp.zeros(request.out_shape, dtype), jnp.zeros(request.lse_shape, dtype)))
     dout, dlse = lax.slice(dout, (0,) * 4, original.out_shape), lax.slice(dlse, (0,) * 3, original.lse_shape)
     if "sinks" in tangents:
-        safe = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-        dlse = dlse + jnp.exp(request.sinks[:, :, None] - safe) * tangents["sinks"][:, :, None]
-    per_row = dlse if request.heads_axis == 1 else jnp.swapaxes(dlse, 1, 2)
-    return (dout - out.astype(dtype) * per_row[..., None]).astype(out.dtype), dlse.astype(lse.dtype)
+        dlse = dlse + _of_sinks(request, lse) * tangents["sinks"][:, :, None]
+    dout = dout - out.astype(dtype) * scores.beside_out(dlse, request.heads_axis)
+    return dout.astype(out.dtype), dlse.astype(lse.dtype)

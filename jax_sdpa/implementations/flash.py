@@ -116,11 +116,9 @@ class Flash(Implementation):
             return _XLA.backward(request, out, lse, dout, dlse, wrt)
         spec, query = request.spec, request.query
         dout = jnp.zeros_like(out) if dout is None else dout
-        if dlse is not None:
-            dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
         if _may_be_empty(request):
             query, dout = (scores.existing_only(request, lse, x) for x in (query, dout))
-        delta = flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
+        delta = scores.row_deltas(request, out, lse, dout, dlse)
         found: Tangents = {}
         if "sinks" in wrt:
             found["sinks"] = efficient_backward.sinks_gradient(request, lse, delta)

@@ -126,9 +126,7 @@ class Math(Implementation):
         request = self._clean(request, lse)
         dout = jnp.zeros_like(out) if dout is None else scores.existing_only(request, lse, dout)
         if request.spec.part:  # ds = p * (dp - delta): the cotangents of p @ v and of p.sum(-1) are dout and -delta
-            delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
-            delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
-            delta = delta if dlse is None else delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+            delta = scores.row_deltas(request, out, lse, dout, dlse)
             operands = [getattr(request, name) for name in wrt]
             _, pullback = jax.vjp(of_operands(request, wrt, lambda request: share(request, lse)), *operands)
             return dict(zip(wrt, pullback((dout, -delta.astype(_dtype(request)))), strict=True))

@@ -14,6 +14,7 @@ from jax import lax
 
 from jax_sdpa import dropout
 from jax_sdpa.request import SdpaRequest
+from pallas_kernels import flash_backward
 
 
 def compute_dtype(request: SdpaRequest) -> Any:
@@ -21,8 +22,10 @@ def compute_dtype(request: SdpaRequest) -> Any:
     return jnp.promote_types(request.query.dtype, jnp.float32)
 
 
-def dense_tile(array: jax.Array, q0: Any, bq: Any, k0: Any, bk: Any) -> jax.Array:
-    """The tile of a (B|1, Hq|1, L|1, S|1) array; broadcast dims stay 1."""
+def dense_tile(array: Any, q0: Any, bq: Any, k0: Any, bk: Any) -> Any:
+    """The tile of a (B|1, Hq|1, L|1, S|1) array, or None of None; broadcast dims stay 1."""
+    if array is None:
+        return None
     for axis, start, size in ((2, q0, bq), (3, k0, bk)):
         if array.shape[axis] != 1 and array.shape[axis] != size:
             array = lax.dynamic_slice_in_dim(array, jnp.asarray(start, jnp.int32), size, axis)
@@ -92,6 +95,11 @@ def seen_only(request: SdpaRequest, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.reshape(valid, shape), x, jnp.zeros((), x.dtype))
 
 
+def beside_out(x: jax.Array, heads_axis: int) -> jax.Array:
+    """A number per row, (B, Hq, L), to stand beside out, or queries."""
+    return (x if heads_axis == 1 else jnp.swapaxes(x, 1, 2))[..., None]
+
+
 def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Array:
     """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN.
 
@@ -102,8 +110,13 @@ def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Arr
         sees = request.mask.transposed().key_valid(request.key_len, request.query_len)
         if sees is not None:
             empty = empty | ~(sees if sees.ndim == 2 else sees[None])[:, None]
-    empty = empty if request.heads_axis == 1 else jnp.swapaxes(empty, 1, 2)
-    return jnp.where(empty[..., None], jnp.zeros((), x.dtype), x)
+    return jnp.where(beside_out(empty, request.heads_axis), jnp.zeros((), x.dtype), x)
+
+
+def row_deltas(request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:
+    """sum(out * dout) - dlse of every row, (B, Hq, L); the lse of a row that attends to nothing has no derivative."""
+    dlse = None if dlse is None else jnp.where(jnp.isneginf(lse), 0, dlse)
+    return flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
 
 
 def split_scale(request: SdpaRequest, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:

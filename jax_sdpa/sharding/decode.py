@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_sdpa import dropout, primitive
+from jax_sdpa.implementations import scores
 from jax_sdpa.request import SdpaRequest
 from jax_sdpa.sharding import merge
 from jax_sdpa.sharding.layout import MeshAxes, leaves
@@ -28,26 +29,20 @@ def attend(axes: MeshAxes, treedef: Any, arrays: tuple[Any, ...]) -> tuple[jax.A
     def local(*arrays: Any) -> tuple[jax.Array, jax.Array]:
         request: SdpaRequest = jax.tree.unflatten(treedef, arrays)
         k0 = lax.axis_index(axes.sequence) * request.key_len
-        bias, keep = (
-            x if x is None or x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, k0, request.key_len, 3)
-            for x in (request.bias, request.keep_mask)
-        )
-        top, sinks, seeds = merge.largest(request.bias), request.sinks, request.dropout_seeds
-        if bias is not None:
-            bias = bias.astype(top.dtype) - top
-            sinks = sinks if sinks is None else sinks[:, :, None] - top[..., 0]
+        L, S = request.query_len, request.key_len
+        bias, keep = (scores.dense_tile(x, 0, L, k0, S) for x in (request.bias, request.keep_mask))
+        top, seeds = merge.largest(request.bias), request.dropout_seeds
         part = dataclasses.replace(
             request,
-            bias=bias,
+            bias=merge.bias_less(bias, top),
             keep_mask=keep,
             masks=tuple(mask.seen_from(0, k0) for mask in request.masks),
             sinks=None,
             dropout_seeds=seeds if seeds is None else dropout.seeds_at(seeds, jnp.zeros_like(k0), k0),
         )
         out, lse = primitive.attend(part.with_spec(returns_lse=True))
-        out, lse = merge.over_devices(out, lse, sinks, axes.sequence, request.heads_axis)
-        lse = lse if top is None else lse + jnp.broadcast_to(top[..., 0], lse.shape).astype(lse.dtype)
-        return out.astype(request.query.dtype), lse
+        out, lse = merge.over_devices(out, lse, merge.sinks_less(request.sinks, top), axes.sequence, request.heads_axis)
+        return out.astype(request.query.dtype), merge.whole(lse, top)
 
     out_specs = axes.out_specs(request, queries=(), heads=axes.heads)
     in_specs = tuple(leaves(specs))

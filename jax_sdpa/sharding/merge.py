@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_sdpa.implementations.scores import beside_out
 from jax_sdpa.request import SdpaRequest
 
 State = tuple[jax.Array, jax.Array]  # out in the layout of the queries and lse (B, Hq, L), both float32 or float64
@@ -36,9 +37,19 @@ def largest(bias: jax.Array | None) -> Any:
     return jnp.where(jnp.isfinite(found), found, 0)
 
 
-def beside_out(x: jax.Array, heads_axis: int) -> jax.Array:
-    """A number per row, (B, Hq, L), to stand beside out."""
-    return (x if heads_axis == 1 else jnp.swapaxes(x, 1, 2))[..., None]
+def bias_less(bias: jax.Array | None, top: Any) -> Any:
+    """bias with the largest numbers of its rows taken off."""
+    return None if bias is None else bias.astype(top.dtype) - top
+
+
+def sinks_less(sinks: jax.Array | None, top: Any) -> Any:
+    """sinks (B|1, Hq) as what they are beside scores whose bias comes less `top`: (B|1, Hq, L|1)."""
+    return None if sinks is None else sinks[:, :, None] if top is None else sinks[:, :, None] - top[..., 0]
+
+
+def whole(lse: jax.Array, top: Any) -> jax.Array:
+    """lse with what was taken off."""
+    return lse if top is None else lse + jnp.broadcast_to(top[..., 0], lse.shape).astype(lse.dtype)
 
 
 def _share(lse: jax.Array, total: jax.Array) -> jax.Array:
@@ -56,11 +67,11 @@ def merged(a: State, b: State, heads_axis: int) -> State:
 
 
 def with_sinks(state: State, sinks: jax.Array | None, heads_axis: int) -> State:
-    """The sinks (B|1, Hq), or (B|1, Hq, L|1), of a softmax: keys without a value, and once for all parts."""
+    """The sinks of a softmax, (B|1, Hq, L|1): keys without a value, and once for all parts."""
     if sinks is None:
         return state
     out, lse = state
-    sinks = jnp.broadcast_to(sinks if sinks.ndim == 3 else sinks[:, :, None], lse.shape).astype(lse.dtype)
+    sinks = jnp.broadcast_to(sinks, lse.shape).astype(lse.dtype)
     return merged(state, (jnp.zeros_like(out), sinks), heads_axis)
 
 
@@ -71,7 +82,7 @@ def over_devices(out: jax.Array, lse: jax.Array, sinks: jax.Array | None, axis_n
     """
     top = lax.pmax(lax.stop_gradient(lse), axis_name)
     if sinks is not None:
-        sinks = jnp.broadcast_to(sinks if sinks.ndim == 3 else sinks[:, :, None], lse.shape).astype(lse.dtype)
+        sinks = jnp.broadcast_to(sinks, lse.shape).astype(lse.dtype)
         top = jnp.maximum(top, lax.stop_gradient(sinks))
     top = jnp.where(jnp.isneginf(top), 0, top)
     share = jnp.exp(lse - top)

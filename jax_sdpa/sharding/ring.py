@@ -24,6 +24,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sdpa import dropout, primitive
+from jax_sdpa.implementations import scores
+from jax_sdpa.implementations.efficient_backward import sinks_gradient
 from jax_sdpa.masks import Mask
 from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
 from jax_sdpa.sharding import merge
@@ -61,10 +63,6 @@ def _cut(x: Any, axis: int, n: int, pieces: int) -> Any:
         return x
     size = x.shape[axis] // pieces
     return lax.slice_in_dim(x, n * size, (n + 1) * size, axis=axis)
-
-
-def _columns(x: Any, start: Any, size: int) -> Any:
-    return x if x is None or x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, jnp.asarray(start, jnp.int32), size, 3)
 
 
 def _key_ids(mask: Mask) -> list[Any]:
@@ -111,16 +109,15 @@ class _Local:
             for mask, own in zip(request.masks, ids, strict=True)
         )
         query, S = self.rows(request.query, n_q, along), key.shape[along]
-        columns = pair.stored(self.device, step, S)
-        bias, keep = (_columns(self.rows(x, n_q, 2), columns, S) for x in (request.bias, request.keep_mask))
-        if bias is not None:
-            bias = bias.astype(self.top.dtype) - self.rows(self.top, n_q, 2)
+        L, columns = query.shape[along], pair.stored(self.device, step, S)
+        bias, keep = (scores.dense_tile(x, n_q * L, L, columns, S) for x in (request.bias, request.keep_mask))
         seeds = request.dropout_seeds
         if seeds is not None:
-            seeds = dropout.seeds_at(seeds, *pair.starts(self.device, step, query.shape[along], S))
+            seeds = dropout.seeds_at(seeds, *pair.starts(self.device, step, L, S))
         found = dataclasses.replace(
-            request, query=query, key=key, value=value, bias=bias, keep_mask=keep, masks=masks, sinks=None, dropout_seeds=seeds
-        )
+            request, query=query, key=key, value=value, bias=merge.bias_less(bias, self.rows(self.top, n_q, 2)), keep_mask=keep,
+            masks=masks, sinks=None, dropout_seeds=seeds,
+        )  # fmt: skip
         return pair, found.with_spec(part=True, wrt=tuple(name for name in WRT if getattr(request, name) is not None))
 
     def attend(self, travel: Any, states: list[State], steps: Sequence[int], step: Any) -> list[State]:
@@ -169,11 +166,6 @@ class _Local:
                 parts.append(own[name])
         return sums, (jnp.concatenate(keys["key"], along), jnp.concatenate(keys["value"], along))
 
-    def sinks(self, n: int) -> Any:
-        """Those of the n-th piece of queries, less the bias's largest number, as the scores are."""
-        sinks = self.request.sinks
-        return sinks if sinks is None or self.top is None else sinks[:, :, None] - self.rows(self.top, n, 2)[..., 0]
-
     @property
     def dtype(self) -> Any:
         return jnp.promote_types(self.request.query.dtype, jnp.float32)
@@ -210,7 +202,8 @@ def _forward_local(ring: Ring, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         (travel, states), _ = lax.scan(step, (travel, states), jnp.arange(1, n - 1, dtype=jnp.int32))
     states = local.attend(travel, states, (n - 1,), n - 1)
     finished = [
-        merge.with_sinks(state, local.sinks(n_q), request.heads_axis) for n_q, state in zip(local.pieces, states, strict=True)
+        merge.with_sinks(state, merge.sinks_less(request.sinks, local.rows(local.top, n_q, 2)), request.heads_axis)
+        for n_q, state in zip(local.pieces, states, strict=True)
     ]
     out = jnp.concatenate([out for out, _ in finished], request.length_axis)
     return out.astype(request.query.dtype), jnp.concatenate([lse for _, lse in finished], 2)
@@ -244,21 +237,11 @@ def _backward_local(ring: Ring, specs: SdpaRequest, arrays: Sequence[Any], *give
         keys = local.passed_on(keys)  # home
     found = {**sums, "key": keys[0], "value": keys[1]}
     if request.sinks is not None:
-        found["sinks"] = _sinks_gradient(local, *given)
+        out, lse, dout, dlse = given
+        delta, top = scores.row_deltas(request, out, lse, dout, dlse), 0 if local.top is None else local.top[..., 0]
+        found["sinks"] = sinks_gradient(request, lse, delta, top)
     over = (ring.axes.sequence, *ring.axes.batch, *ring.axes.heads)
     return {name: ring.axes.summed(x, getattr(specs, name), over).astype(getattr(request, name).dtype) for name, x in found.items()}
-
-
-def _sinks_gradient(local: _Local, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:
-    """dsinks = -sum(p_sink * delta): a sink is a key without a value."""
-    request = local.request
-    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
-    delta = delta if request.heads_axis == 1 else jnp.swapaxes(delta, 1, 2)
-    delta = delta if dlse is None else delta - dlse
-    sinks = request.sinks[:, :, None].astype(lse.dtype)
-    sinks = sinks if local.top is None else sinks - local.top[..., 0]
-    per_head = jnp.sum(-jnp.exp(sinks - jnp.where(jnp.isneginf(lse), jnp.inf, lse)) * delta, -1)
-    return per_head.sum(0, keepdims=True) if request.sinks.shape[0] == 1 else per_head
 
 
 def _forward(ring: Ring, arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
@@ -278,18 +261,13 @@ def _forward(ring: Ring, arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]
 def attend(ring: Ring, arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of the request whose leaves are `arrays`, laid out as `ring.specs` says."""
     out, low = _forward(ring, arrays)
-    return out, _whole_lse(ring, arrays, low)
-
-
-def _whole_lse(ring: Ring, arrays: tuple[Any, ...], low: jax.Array) -> jax.Array:
-    top = merge.largest(ring.request(arrays).bias)
-    return low if top is None else low + jnp.broadcast_to(top[..., 0], low.shape).astype(low.dtype)
+    return out, merge.whole(low, merge.largest(ring.request(arrays).bias))
 
 
 def _attend_fwd(ring: Ring, arrays: tuple[Any, ...]) -> Any:
     out, low = _forward(ring, arrays)
     out, low = checkpoint_name(out, primitive.OUT_NAME), checkpoint_name(low, primitive.LSE_NAME)
-    return (out, _whole_lse(ring, arrays, low)), (arrays, out, low)
+    return (out, merge.whole(low, merge.largest(ring.request(arrays).bias))), (arrays, out, low)
 
 
 def _attend_bwd(ring: Ring, residuals: Any, cotangents: Any) -> Any:
