@@ -34,7 +34,7 @@ def backward(
 
     dout: as out, in query's dtype. lse, delta: (B, Hq, L) float32, of the forward and of `row_deltas`. With a bias p is
     exp(s - lse) / row_sum: lse may be the row's maximum, because that of a row of -1e9 has lost the logarithm of its sum.
-    deterministic: the same bits each time; else, where that is much faster, key tiles add to dq in any order (`adds_in_any_order`).
+    deterministic: the same bits each time; else, where that is much faster, key tiles add to dq in any order (`chosen`).
 
     Rows that attend to nothing (lse = -inf) give and get zeros, if query and dout are numbers there.
     """
@@ -56,15 +56,14 @@ def backward(
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
     if dropout_p > 0 and not drops:  # p = 1: every weight is dropped, lse is that of the softmax before
         dout = jnp.zeros_like(dout)
-    (sloped, seen), masked = slope(mask, L, S), mask is not None or keep is not None
+    if config is None:
+        config = chosen(
+            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=bias,
+            dense_mask=keep is not None, drops=drops, deterministic=deterministic,
+        )  # fmt: skip
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     bias_kind = None if bias is None else dense.kind(bias)
-    if config is None:
-        config = backward_tuning.backward_config(
-            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
-            seen=seen, drops=drops, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic,
-        )  # fmt: skip
     static_scale = scale if isinstance(scale, float) else None
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0
@@ -121,6 +120,18 @@ def backward(
         found |= dict(zip(names, results, strict=True))
     like = {"query": query, "key": key, "value": value, "bias": bias}
     return {name: jax.lax.slice(found[name], (0, 0, 0, 0), like[name].shape) for name in wants}
+
+
+def chosen(
+    *, query_len: int, key_len: int, mask: Any, bias: Any, dense_mask: bool, deterministic: bool, **facts: Any
+) -> BackwardConfig:  # fmt: skip
+    """The tuned configuration of a call; facts: more of what `backward_tuning.backward_config` asks for. With `fused` (only where
+    not deterministic), and where all of query, key and value are wanted, dq's last bits vary from run to run."""
+    sloped, seen = slope(mask, query_len, key_len)
+    return backward_tuning.backward_config(
+        query_len=query_len, key_len=key_len, masked=mask is not None or dense_mask, sloped=sloped, seen=seen,
+        bias_bytes=dense.tile_bytes(bias), deterministic=deterministic or bias is not None, **facts,
+    )  # fmt: skip
 
 
 def _of_group(parts: jax.Array, split: int, axis: int) -> jax.Array:

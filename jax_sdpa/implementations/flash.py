@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_sdpa import compat, dropout
 from jax_sdpa.context import SDPBackend
-from jax_sdpa.device import Device
+from jax_sdpa.device import Device, deterministic_ops
 from jax_sdpa.implementations import efficient_backward, scores
 from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_sizes
 from jax_sdpa.implementations.efficient import Efficient
@@ -88,6 +88,11 @@ class Flash(Implementation):
                 notes.append("Gradients of key and value copy the bias, transposed.")
                 if request.bias.shape[0] != request.batch and (not wrt or "bias" in wrt):
                     notes.append("The gradient of a bias that batch entries share is made for one after the other, and added up.")
+            if _adds_in_any_order(request, device) and (not wrt or set(flash_backward.WANTS) <= set(wrt)):
+                notes.append(
+                    "Gradients of query, key and value together add up the query's in any order, so its last bits vary from run to "
+                    "run; XLA_FLAGS=--xla_gpu_deterministic_ops=true runs slower kernels that give the same bits each time."
+                )
         return tuple(notes)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +135,8 @@ class Flash(Implementation):
             query, scores.seen_only(request, request.key), scores.seen_only(request, request.value), dout, lse, delta,
             layout=spec.layout, scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
             mask=request.mask if request.masks else None, bias=request.bias, row_sum=row_sum, keep=request.keep_mask,
-            seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, wants=wants, interpret=self.interpret,
+            seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, wants=wants,
+            deterministic=deterministic_ops(), interpret=self.interpret,
         )  # fmt: skip
 
 
@@ -140,6 +146,17 @@ def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
     if "scale" in wrt:
         reasons.append("the backward kernels have no gradient of a traced scale.")
     return reasons
+
+
+def _adds_in_any_order(request: SdpaRequest, device: Device) -> bool:
+    """Whether the backward is the fused kernel."""
+    config = flash_backward.chosen(
+        heads=request.batch * request.q_heads, group=request.group, query_len=request.query_len, key_len=request.key_len,
+        head_dim=request.head_dim, value_head_dim=request.value_head_dim, mask=request.mask if request.masks else None,
+        bias=request.bias, dense_mask=request.keep_mask is not None, drops=request.dropout_seeds is not None,
+        deterministic=device.deterministic,
+    )  # fmt: skip
+    return config.fused is not None
 
 
 def _is_decode(request: SdpaRequest) -> bool:
