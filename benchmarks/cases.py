@@ -6,6 +6,9 @@ import dataclasses
 
 import numpy as np
 
+PACKED = np.linspace(100, 8000, 64).astype(int)
+"""Lengths of the sequences of the packed case; they stand in a row, with 31 tokens of padding behind them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -36,6 +39,8 @@ class Case:
             return full * 7 / 8
         if self.extra == "segments":
             return full / 8
+        if self.extra == "packed":
+            full = 4.0 * self.q_heads * self.head_dim * float((PACKED.astype(float) ** 2).sum())
         return full / 2 if self.causal else full
 
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
@@ -78,5 +83,6 @@ GPU_CASES = (
       for extra in ("", "dropout")),
     _gpu("B4 H16 L4096 D128 segments", (4, 16, 4096, 128), extra="segments"),
     _gpu("B1 H16 L16384 D128 window 1024", (1, 16, 16384, 128), extra="window"),
+    _gpu("64 sequences, 100 to 8000, H16 D128 causal packed", (1, 16, 259200, 128), True, extra="packed"),
 )  # fmt: skip
 """Square training shapes at three head dims, Qwen2-7B's heads, torch's two docstring examples, and every kind of mask."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import pathlib
@@ -26,13 +27,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch lives o
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
 from benchmarks import saved
-from benchmarks.cases import GPU_CASES, Case
+from benchmarks.cases import GPU_CASES, PACKED, Case
 from jax_sdpa import explain, scaled_dot_product_attention
-from jax_sdpa.attention.bias import KeyLengths, SegmentIds, causal, sliding_window
+from jax_sdpa.attention.bias import KeyLengths, Packed, SegmentIds, causal, sliding_window
 from jax_sdpa.device import assume_device
 
 
@@ -54,12 +56,14 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
         more = KeyLengths(jnp.full((case.batch,), S - S // 8, jnp.int32))
     elif case.extra == "segments":
         more = SegmentIds(jnp.broadcast_to(jnp.arange(case.query_len) // (case.query_len // 8), (case.batch, case.query_len)))
+    elif case.extra == "packed":
+        more = Packed(jnp.asarray(np.r_[0, PACKED.cumsum()], jnp.int32), right=0)
     return arrays, more
 
 
 def ours(case: Case, q: Any, k: Any, v: Any, more: Any) -> jax.Array:
     mask = sliding_window(1023, 0) if case.extra == "window" else more
-    if case.causal:
+    if case.causal and case.extra != "packed":
         mask = causal() if mask is None else causal() & mask
     drop = {"dropout_p": 0.1, "dropout_rng": jax.random.key(1)} if case.extra == "dropout" else {}
     return scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **drop)
@@ -99,7 +103,7 @@ def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool, dout: An
         mask = (torch.arange(case.query_len, device="cuda") < case.query_len - case.query_len // 8)[None, None, None, :].expand(
             case.batch, 1, 1, case.query_len
         )
-    elif case.extra in ("segments", "window"):
+    elif case.extra in ("segments", "window", "packed"):
         return {}
     options = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": case.kv_heads != case.q_heads}
     options["dropout_p"] = 0.1 if case.extra == "dropout" else 0.0
@@ -131,7 +135,7 @@ def exact(case: Case, arrays: list[jax.Array], more: Any, dout: Any = None) -> A
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if case.extra in ("segments", "window", "lengths", "dropout"):
+    if case.extra in ("segments", "window", "lengths", "dropout", "packed"):
         return None
     leaves = tuple(torch.from_dlpack(x)[:1].float().requires_grad_(dout is not None) for x in arrays)
     q, k, v = leaves
@@ -207,6 +211,19 @@ def _file(case: Case, backward: bool) -> str:
     return re.sub(r"\W+", "_", f"{case.name} {'both' if backward else 'forward'}") + ".bin"
 
 
+def _check_packed(case: Case, got: Any, arrays: list[jax.Array], dout: Any) -> None:
+    """The last sequence has the numbers that it has by itself."""
+    n, end = int(PACKED[-1]), int(PACKED.sum())
+    alone = dataclasses.replace(case, extra="", query_len=n, key_len=n)
+    q, k, v, *rest = (x[:, :, end - n : end] for x in (*arrays, dout) if x is not None)
+    expected = both_passes(alone, q, k, v, None, *rest) if rest else [ours(alone, q, k, v, None)]
+    for x, wanted in zip(got if rest else [got], expected, strict=True):
+        error = float(jnp.linalg.norm((x[:, :, end - n : end] - wanted).astype(jnp.float32)))
+        error /= float(jnp.linalg.norm(wanted.astype(jnp.float32)))
+        if not error < 5e-3:
+            raise SystemExit(f"{case.name}: the last sequence by itself has other numbers, by {error}.")
+
+
 def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> dict[str, Any]:
     arrays, more = operands(case)
     dout = cotangent(arrays[0]) if backward else None
@@ -220,6 +237,8 @@ def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> 
         if row["errors"]["ours"] > 2 * row["errors"].get("torch CUDNN", 5e-3):
             raise SystemExit(f"{case.name}: our error is {row['errors']}; nothing is timed that is not right.")
         del reference
+    if case.extra == "packed":
+        _check_packed(case, calls["ours"](), arrays, dout)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
