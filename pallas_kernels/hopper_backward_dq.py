@@ -86,10 +86,6 @@ def dq(
             base = row_tile * config.rows + wg * bq
             rows = GradientRows.of(recipe, refs, b, h, row_tile, wg)
 
-            def nth(i: Any) -> Any:
-                """The number in the ring of the item's tile i."""
-                return done + i if several else i
-
             def number(which: int) -> Any:
                 """One of each row, as a tile."""
                 own = numbers_ref.at[b, h, which, pl.ds(base, bq)]
@@ -116,12 +112,10 @@ def dq(
                     store(ds * survivors, i)
                 return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
 
-            packed, (now, v_now) = rows.keep_words(0), (slot(done, of) if several else 0 for of in (stages, v_stages))
+            packed, (now, v_now) = rows.keep_words(0), (slot(done, of) for of in (stages, v_stages))
             plgpu.barrier_wait(own_ready.at[wg])
             plgpu.barrier_wait(k_ready.at[now])
-            state = rows.probabilities(
-                products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=zero, number=nth(zero), packed=packed
-            )
+            state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=zero, number=done, packed=packed)
             plgpu.barrier_wait(v_ready.at[v_now])
             dp = products.scores(do_s.at[wg], v_s.at[v_now])
             plgpu.barrier_arrive(v_free.at[v_now])
@@ -129,17 +123,13 @@ def dq(
 
             def step(i: Any, carried: Any) -> Any:
                 acc, ds, sums = carried
-                now, before, v_now, packed = (
-                    slot(nth(i), stages),
-                    slot(nth(i) - 1, stages),
-                    slot(nth(i), v_stages),
-                    rows.keep_words(i),
-                )
+                nth, packed = done + i, rows.keep_words(i)
+                now, before, v_now = slot(nth, stages), slot(nth - 1, stages), slot(nth, v_stages)
                 plgpu.barrier_wait(k_ready.at[now])
                 carried = products.queries_step(
                     q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
                     before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
-                    probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=nth(i), packed=packed),
+                    probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=nth, packed=packed),
                     gradient=functools.partial(gradient, i=i), sums=sums,
                 )  # fmt: skip
                 plgpu.barrier_arrive(k_free.at[before])
@@ -156,7 +146,7 @@ def dq(
             if several:
                 plgpu.commit_smem()
                 pl.when(n + 1 < count)(lambda: load_own(n + 1))
-            end = slot(nth(steps - 1 + zero), stages)
+            end = slot(done + steps - 1, stages)
             acc, ds, sums = carried
             acc = products.add(acc, ds, k_s.at[end])
             plgpu.barrier_arrive(k_free.at[end])
@@ -193,7 +183,7 @@ def dq(
             kv_head = lax.div(h, np.int32(shape.group))
 
             def step(i: Any, _: Any) -> None:
-                number, t = done + i if several else i, walk.tile(i)
+                number, t = done + i, walk.tile(i)
                 now, v_now = slot(number, stages), slot(number, v_stages)
                 operands.bring_bias(refs, config, b, h, row_tile, t, number)
                 pl.when(number >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
