@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from pallas_kernels.contracts import DecodeConfig
 from pallas_kernels.tuning import SHARED_MEMORY, SMS
 from pallas_kernels.visits import cdiv
@@ -17,10 +19,19 @@ def decode_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeCon
     5
     """
     warpgroups = cdiv(rows, 64)
-    queries = 2 if max(head_dim, value_head_dim) <= 128 else 1
-    left = SHARED_MEMORY - 64 * warpgroups * (2 * queries * head_dim + 4 * min(64, value_head_dim))
-    stages = max(2, min(8, left // (2 * 64 * (head_dim + value_head_dim))))
     registers = (240, 80) if warpgroups == 1 else (216, 72)  # few rows, so the loader need not spill what it clears
-    return DecodeConfig(
-        block_k=64, stages=stages, warpgroups=warpgroups, registers=registers, row_tiles=2, queries=queries, programs=SMS
+    config = DecodeConfig(
+        block_k=64, stages=2, warpgroups=warpgroups, registers=registers, row_tiles=2,
+        queries=2 if max(head_dim, value_head_dim) <= 128 else 1, programs=SMS,
     )  # fmt: skip
+    left = SHARED_MEMORY - shared_bytes(config, head_dim, value_head_dim)
+    stages = config.stages + left // (2 * config.block_k * (head_dim + value_head_dim))
+    return dataclasses.replace(config, stages=min(8, stages))
+
+
+def shared_bytes(config: DecodeConfig, head_dim: int, value_head_dim: int) -> int:
+    """Of a program's queries, keys and values, half precision, and of its results, float32, so many columns of them as leave at a
+    time."""
+    queries = config.rows * config.queries * head_dim
+    keys = config.stages * config.block_k * (head_dim + value_head_dim)
+    return 2 * (queries + keys) + 4 * config.rows * config.out_columns(head_dim, value_head_dim)

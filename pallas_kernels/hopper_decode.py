@@ -34,9 +34,6 @@ from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.shares import Shares
 from pallas_kernels.visits import cdiv
 
-COLUMNS = 64
-"""Of the results that leave at a time: little memory beside the ring."""
-
 
 def forward(
     shape: ForwardShape, config: DecodeConfig, shares: Shares, mask: Any = None, *, page: int | None = None, interpret: Any = None
@@ -50,7 +47,7 @@ def forward(
     """
     H, L, S = shape.kv_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
-    bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
+    bq, bk, n_wg, width = config.block_q, config.block_k, config.warpgroups, config.out_columns(E, Ev)
     rows_out = cdiv(shape.group * L, 8) * 8
     arrays, structure = jax.tree.flatten(mask)
     lo, hi = (0, S) if mask is None else mask.kv_range(0, L, L, S)
@@ -169,7 +166,6 @@ def forward(
 
         in_roles(config, wg, compute, load_all, interpret)
 
-    width = COLUMNS if Ev % COLUMNS == 0 else Ev
     q_slots = config.queries * n_wg
     call = launch(
         kernel,

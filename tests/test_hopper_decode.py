@@ -3,6 +3,9 @@
 Programs are few here, so that items are cut in every way; sizes are tiny.
 """
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,9 @@ from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
 from jax_sdpa.device import assume_device
 from pallas_kernels import flash_decode, visits
+from pallas_kernels.decode_tuning import decode_config, shared_bytes
 from pallas_kernels.shares import Shares
+from pallas_kernels.tuning import SHARED_MEMORY
 
 needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 
@@ -61,6 +66,25 @@ def test_a_part_of_a_walk():
     part = walk.part(1, 4)
     assert [part.tile(i) for i in range(part.steps)] == [walk.tile(i) for i in range(1, 4)]
     assert [part.partial(i) for i in range(part.steps)] == [walk.partial(i) for i in range(1, 4)]
+
+
+# --- configurations
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 128])
+def test_every_configuration_fits_the_shared_memory(rows):
+    for E, Ev in itertools.product(range(16, 257, 16), repeat=2):
+        config = decode_config(rows=rows, head_dim=E, value_head_dim=Ev)
+        assert shared_bytes(config, E, Ev) <= SHARED_MEMORY, (E, Ev)
+        assert Ev % config.out_columns(E, Ev) == 0
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("E", "Ev", "group"), [(64, 160, 2), (256, 256, 128), (16, 240, 64), (208, 144, 65)])
+def test_odd_head_dims_lower_for_cuda_which_counts_the_shared_memory(E, Ev, group):
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, group, 1, E), (1, 1, 320, E), (1, 1, 320, Ev)))
+    call = functools.partial(flash_decode.decode, layout="BHLE", scale=0.1)
+    jax.jit(call).trace(q, k, v).lower(lowering_platforms=("cuda",))
 
 
 # --- the kernels
