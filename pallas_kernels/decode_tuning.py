@@ -19,7 +19,7 @@ def decode_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeCon
     5
     """
     warpgroups = cdiv(rows, 64)
-    registers = (240, 80) if warpgroups == 1 else (216, 72)  # few rows, so the loader need not spill what it clears
+    registers = (248, 80) if warpgroups == 1 else (216, 72)  # few rows, so the loader need not spill what it clears
     config = DecodeConfig(
         block_k=64, stages=2, warpgroups=warpgroups, registers=registers, row_tiles=2,
         queries=2 if max(head_dim, value_head_dim) <= 128 else 1, programs=SMS,

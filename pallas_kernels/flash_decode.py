@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import DecodeConfig, ForwardShape
@@ -68,9 +67,9 @@ def decode(
     )  # fmt: skip
     if config is None:
         config = decode_config(rows=group * L, head_dim=shape.head_dim, value_head_dim=shape.value_head_dim)
-    shares = Shares(B, H, config.programs, whole)
-    found = visits.ranges(mask, 0, L, L, S, config.block_k)
-    of_programs, of_items = shares.tables(found.steps if isinstance(found.steps, int) else jnp.atleast_1d(found.steps))
+    steps = visits.ranges(mask, 0, L, L, S, config.block_k).steps
+    shares = Shares(B, H, config.programs, steps if isinstance(steps, int) else None, whole)
+    before = shares.before(jnp.atleast_1d(steps)) if shares.searches else None
     if layout == "BLHE":
         query = jnp.swapaxes(query, 1, 2)  # (B, Hq, L, E); with L = 1 nothing moves
     rows = jnp.reshape(query, (B, H, group * L, E))
@@ -81,9 +80,8 @@ def decode(
         pages = longer(pages, {1: visits.cdiv(S, config.block_k) * max(1, config.block_k // key.shape[1])})
     run = hopper_decode.forward(shape, config, shares, mask, page=page, interpret=interpret)
     parts, lses = run(
-        longer(rows, {2: up(group * L, 8), 3: up(E, 16)}), key, value, jnp.asarray(of_programs, np.int32),
-        mask_arrays=jax.tree.leaves(mask), scale=None if static_scale is not None else scale, pages=pages,
+        longer(rows, {2: up(group * L, 8), 3: up(E, 16)}), key, value, before=before, mask_arrays=jax.tree.leaves(mask),
+        scale=None if static_scale is not None else scale, pages=pages,
     )  # fmt: skip
-    merge = hopper_merge.merge(shape, shares.slots, interpret=interpret)
-    out, lse = merge(parts, lses, jnp.asarray(of_items, np.int32), sinks)
+    out, lse = hopper_merge.merge(shape, shares, interpret=interpret)(parts, lses, before, sinks)
     return out[..., :Ev], lse

@@ -171,6 +171,9 @@ program = jax.jit(call).lower(
     array(B, L, Hq, E), cache, array(B, dtype=jnp.int32), array(B, S // page, dtype=jnp.int32)
 ).compile()
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
+text = program.as_text()
+steps = [line for line in text[text.index("ENTRY"):].splitlines() if any(f" {name}(" in line for name in ("fusion", "copy", "while"))]
+print("of XLA", len(steps), *steps, sep="\\n")
 """
 
 
@@ -184,10 +187,12 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
         ((8, 32, 8, 4, 4096, 128), "window"),
         ((8, 64, 8, 16, 4096, 64), "lengths"),
         ((16, 16, 8, 1, 4096, 256), "lengths"),
+        ((1, 28, 4, 1, 32768, 128), "full"),
     ],
     ids=str,
 )
 def test_decode_has_no_spills_and_no_copy_of_the_cache(shape, kind, tmp_path):
+    """XLA has one thing to do with the queries (rows are wanted in eights, a group's one after another), and one with lengths."""
     text = run(tmp_path, DECODE, *shape, kind)
     spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
     assert len(spills) == 2, "ptxas said nothing of the two kernels"
@@ -197,6 +202,7 @@ def test_decode_has_no_spills_and_no_copy_of_the_cache(shape, kind, tmp_path):
     pieces = 4 * (B * H + 132) * (max(8, Hq // H * L) * max(128, E) + 128)  # float32, and lse
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     assert temporaries <= pieces + 4 * B * max(8 * H, Hq) * L * E + 2**16, temporaries
+    assert int(re.findall(r"of XLA\n(\d+)", text)[0]) <= (1 if kind == "full" else 2), text[text.index("of XLA") :]
 
 
 TWO_GPUS = """

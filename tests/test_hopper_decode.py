@@ -32,33 +32,44 @@ rng = np.random.default_rng(7)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(("steps", "heads", "programs"), [((4, 1, 4), 1, 3), ((1,), 2, 7), ((3, 9, 1, 1), 2, 5), (6, 3, 4), ((1, 1, 50), 1, 8)])  # fmt: skip
+@pytest.mark.parametrize(("steps", "heads", "programs"), [((4, 1, 4), 1, 3), ((1,), 2, 7), ((3, 9, 1, 1), 2, 5), (6, 3, 4), ((1, 1, 50), 1, 8), ((2,) * 8, 3, 9), ((7, 1), 2, 40)])  # fmt: skip
 def test_shares_cover_every_tile_once_and_slots_do_not_collide(steps, heads, programs, whole):
-    batch = 2 if isinstance(steps, int) else len(steps)
-    shares = Shares(batch, heads, programs, whole)
-    of_programs, of_items = shares.tables(steps if isinstance(steps, int) else jnp.array(steps))
-    static = shares.tables(steps if isinstance(steps, int) else np.array(steps))
-    np.testing.assert_array_equal(of_programs, static[0])
-    np.testing.assert_array_equal(of_items, static[1])
+    static = isinstance(steps, int)
+    batch = 2 if static else len(steps)
+    shares = Shares(batch, heads, programs, steps if static else None, whole)
     tiles = np.broadcast_to(steps, (batch,))
+    before = np.asarray(shares.before(jnp.asarray(tiles))) if shares.searches else None
     seen, written, taken = [np.zeros(n, int) for n in np.repeat(tiles, heads)], {}, []
-    for p, (first, start, count, end) in enumerate(np.asarray(of_programs)):
+    for p in range(programs):
+        first, start, count, end = shares.of_program(np.int32(p), before)
         taken.append(0)
         for n in range(count):
-            item = first + n
-            lo, hi = start if n == 0 else 0, end if n == count - 1 else len(seen[item])
+            item = int(first) + n
+            lo, hi = start if n == 0 and not whole else 0, end if n == count - 1 and not whole else len(seen[item])
             assert 0 <= lo < hi <= len(seen[item])
             seen[item][lo:hi] += 1
-            taken[-1] += hi - lo
+            taken[-1] += int(hi - lo)
             assert item + p not in written
             assert item + p < shares.slots
             written[item + p] = item
     assert all((n == 1).all() for n in seen)
-    for item, (first, count) in enumerate(np.asarray(of_items)):
+    for item in range(batch * heads):
+        first, count = map(int, shares.of_item(np.int32(item), before))
         assert [written.get(slot) for slot in range(first, first + count)] == [item] * count
+        assert count <= shares.pieces or len(set(tiles)) > 1, "at most so many where items are alike"
         assert count == 1 or not whole
     if not whole:
         assert max(taken) == -(-sum(tiles) * heads // programs)
+
+
+def test_static_shares_are_those_of_the_same_number_of_tiles_found_by_search():
+    for steps, programs in itertools.product((1, 5, 8), (3, 6, 50)):
+        static, traced = Shares(3, 2, programs, steps), Shares(3, 2, programs)
+        before = np.asarray(traced.before(jnp.full(1, steps)))
+        for p in range(programs):
+            np.testing.assert_array_equal(static.of_program(np.int32(p)), traced.of_program(np.int32(p), before))
+        for item in range(6):
+            np.testing.assert_array_equal(static.of_item(np.int32(item)), traced.of_item(np.int32(item), before))
 
 
 def test_a_part_of_a_walk():
