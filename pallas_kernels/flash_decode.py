@@ -16,9 +16,6 @@ from pallas_kernels.decode_tuning import decode_config
 from pallas_kernels.flash_attention import longer, up
 from pallas_kernels.shares import Shares
 
-ENABLED = False
-"""No GPU has run these kernels yet (they are right interpreted, and compile without spills): until then the forward serves."""
-
 QUERIES = 16
 """More of them are chunked prefill, which the forward serves."""
 

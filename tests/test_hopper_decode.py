@@ -234,9 +234,8 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
 @needs_mosaic
 @pytest.mark.parametrize("options", [{}, {"key_lengths": True}])
-def test_a_decode_lowers_for_cuda_through_the_public_function(options, monkeypatch):
-    """One query to a long cache takes the decode kernels, where they are enabled."""
-    monkeypatch.setattr(flash_decode, "ENABLED", True)
+def test_a_decode_lowers_for_cuda_through_the_public_function(options):
+    """One query to a long cache takes the decode kernels."""
     q, k, n = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
         ((2, 8, 1, 128), jnp.bfloat16), ((2, 2, 1024, 128), jnp.bfloat16), ((2,), jnp.int32)
     ))  # fmt: skip

@@ -146,7 +146,7 @@ def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
 
 def _is_decode(request: SdpaRequest) -> bool:
     """Whether the decode kernels run it: few queries, many keys."""
-    return flash_decode.ENABLED and flash_decode.takes(
+    return flash_decode.takes(
         query_len=request.query_len, key_len=request.key_len, group=request.group, has_ids=has_ids(request.mask),
         dense=request.bias is not None or request.keep_mask is not None, drops=request.dropout_seeds is not None,
     )  # fmt: skip
