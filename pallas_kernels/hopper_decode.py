@@ -151,7 +151,9 @@ def forward(
                     length = bk // copies
                     for n in range(copies):
                         key = t * bk + n * length
-                        of = pages[b, lax.div(key, np.int32(keys_of_page))]
+                        # behind the last page comes the last page again, and what is no page is one: nobody sees either
+                        of = pages[b, visits.least(lax.div(key, np.int32(keys_of_page)), pages.shape[1] - 1)]
+                        of = visits.greatest(visits.least(of, operand.shape[0] - 1), 0)
                         source = operand.at[of, pl.ds(lax.rem(key, np.int32(keys_of_page)), length), h]
                         plgpu.copy_gmem_to_smem(source, memory.at[pl.ds(n * length, length)], ready)
 

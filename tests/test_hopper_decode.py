@@ -150,6 +150,7 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
 
 
 STOPS, STARTS = [300, 70, 0], [0, 40, 0]
+ODD = [0, 1, 129, 0, 0, 64, 65, 191]
 LEFT_PADDED = KeyLengths(jnp.array(STOPS), jnp.array(STARTS))
 CASES = {
     "one query, groups of 7": lambda: (make(1, 320, B=2, Hq=7, Hk=1, E=64), {}),
@@ -165,6 +166,15 @@ CASES = {
     "a window at traced places, 4 queries": lambda: (
         make(4, 320, B=2, Hq=2, Hk=1, E=64, keep=band(4, 320, 100, 0, np.array([290, 60]))),
         {"mask": sliding_window(100, 0, jnp.array([290, 60]))},
+    ),
+    "one sequence of an odd length": lambda: (
+        make(1, 320, B=1, Hq=2, Hk=2, E=16, keep=lengths(1, 320, [257])), {"mask": KeyLengths(jnp.array([257]))}
+    ),
+    "two sequences, one of a single key": lambda: (
+        make(1, 320, B=2, Hq=1, Hk=1, E=16, keep=lengths(1, 320, [1, 319])), {"mask": KeyLengths(jnp.array([1, 319]))}
+    ),
+    "eight sequences of 0, 1 and odd lengths": lambda: (
+        make(1, 192, B=8, Hq=2, Hk=1, E=16, keep=lengths(1, 192, ODD)), {"mask": KeyLengths(jnp.array(ODD)), "poison": [(0, n) for n in ODD]}
     ),
     "softcap, sinks, negative scale": lambda: (
         make(2, 264, B=1, Hq=4, Hk=2, E=64, softcap=3.0, scale=-0.3, sinks=np.array([0.5, -np.inf, 2.0, 40.0])), {}
@@ -194,6 +204,7 @@ def test_the_interpreted_kernels_give_the_oracles_numbers(name):
     check(problem, on_kernel(problem, **options))
 
 
+MIXED = np.minimum(np.random.default_rng(3).integers(0, 2048, 130), 1024).tolist()
 ON_A_GPU = {
     **CASES,
     "long, groups of 7": lambda: (make(1, 8192, B=3, Hq=14, Hk=2, E=128), {}),
@@ -207,6 +218,10 @@ ON_A_GPU = {
         {"mask": KeyLengths(jnp.array([2048, 100, 1025, 0])), "page": 128, "poison": [(0, n) for n in (2048, 100, 1025, 0)]},
     ),
     "64 sequences": lambda: (make(1, 512, B=64, Hq=4, Hk=2, E=64), {}),
+    "130 sequences of mixed lengths": lambda: (
+        make(1, 1024, B=130, Hq=4, Hk=2, E=64, keep=lengths(1, 1024, MIXED)), {"mask": KeyLengths(jnp.array(MIXED))}
+    ),
+    "one sequence in many pieces": lambda: (make(1, 32768, B=1, Hq=4, Hk=4, E=128), {}),
 }  # fmt: skip
 
 
