@@ -23,8 +23,8 @@ from pallas_kernels.hopper_scores import shared
 from pallas_kernels.shares import Shares
 from pallas_kernels.visits import cdiv
 
-MOST_AT_ONCE = 32
-"""Pieces, a register each and one for their lse."""
+MOST_AT_ONCE = 36
+"""Pieces, whose values and lse want three or four registers each: 128 of them for a sequence's four heads over the whole chip."""
 
 WIDTH = 128
 """Columns of a program, one a thread; beyond Ev they are never written, nor read by anybody."""
@@ -37,7 +37,7 @@ def merge(shape: ForwardShape, shares: Shares, *, interpret: Any = None) -> Call
     where it does not search; sinks (1|B, Hq), None without.
     """
     B, Hq, H, L, Ev = shape.batch, shape.q_heads, shape.kv_heads, shape.query_len, shape.value_head_dim
-    columns, at_once = cdiv(Ev, WIDTH) * WIDTH, min(shares.pieces, MOST_AT_ONCE)
+    columns, at_once = cdiv(Ev, WIDTH) * WIDTH, cdiv(shares.pieces, cdiv(shares.pieces, MOST_AT_ONCE))
     layout = plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1)
 
     def kernel(*operands: Any, out_s: Any) -> None:

@@ -312,6 +312,7 @@ def test_explain():
         reads = choice.backend is SDPBackend.FLASH_ATTENTION and pages == 30
         assert ("Pages are gathered by XLA" in str(choice)) != reads
         assert ("Pages are read where they lie" in str(choice)) == reads
+        assert "Gradients" not in str(choice.notes)
         assert "Inference only" in str(choice)
 
 

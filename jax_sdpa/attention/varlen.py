@@ -89,9 +89,9 @@ def varlen_attn(
 
     Differentiable in query, key, value and an array scale. What no query sees may hold anything, NaN included.
 
-    FLASH reads the pages of a decode step where they lie: max_q of at most 16, max_q * Hq / H of at most 128, max_pages * page of at
-    least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16. Otherwise, and on the other backends, XLA gathers them into
-    (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
+    FLASH reads the pages of a decode step where they lie: max_q of at most 16, max_q * Hq / H of at most 128, max_pages * page of
+    at least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16. Otherwise, and on the other backends, XLA gathers them
+    into (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
 
     Source: torch.nn.attention.varlen.varlen_attn, torch 2.13. Differs: runs on every backend and device; the head dim of values may
     be another; lse is (Hq, T_q), as torch's kernels return it (its docstring has it transposed); no `varlen_attn_out`.

@@ -70,9 +70,10 @@ class Flash(Implementation):
         else:
             names = flash_attention.padding(request.query_len, *sizes, dense.tile_bytes(request.bias))
         reasons = _against_kernels(request, wrt or tuple(name for name in ("bias", "scale") if getattr(request, name) is not None))
+        notes = []
         if wrt and reasons:
             notes = [f"Gradients run the XLA implementation, all of them, from the saved lse: {' '.join(reasons)}"]
-        else:
+        elif request.pages is None:  # those are for inference
             notes = ["Gradients run the kernels; forward mode and second derivatives the XLA implementation, from the saved lse."]
             if reasons:
                 notes += [f"All gradients of a call run the XLA implementation if one of them is not here: {' '.join(reasons)}"]
@@ -83,7 +84,7 @@ class Flash(Implementation):
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
         if _copies_values(request):
             notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
-        if not (wrt and reasons):
+        if request.pages is None and not (wrt and reasons):
             if _may_hide(request) or _may_be_empty(request):
                 notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
             if dense.tile_bytes(request.bias):
@@ -93,9 +94,14 @@ class Flash(Implementation):
         return tuple(notes)
 
     def against_batch_invariance(self, request: SdpaRequest) -> list[str]:
-        """A decode kernel makes a row's numbers from the tiles of its own sequence's keys alone, which begin at the first key, in
-        one order, whole: nothing of how a tile is computed hangs on the batch, nor on how many queries or pages others have (a tile
-        that is masked without need keeps its scores). The choice of these kernels must not hang on it either: `_is_decode`."""
+        """Of the kernels, those for a decode keep it.
+
+        They read a sequence's tiles whole, in one order, counted from its own first key, from the first one that its first query
+        sees to its last key. How a tile is cut and added up hangs on the head dims alone, not on the batch, nor on how many queries
+        or pages the others have: a row of a product is none of the other rows' business, and a tile that is masked without need
+        keeps its scores. Nor may the choice of these kernels hang on the others' keys (`_is_decode`); where it would on their
+        queries, the call is refused.
+        """
         if symbolic_sizes(request):
             return []  # refused for that
         if has_ids(request.mask):
