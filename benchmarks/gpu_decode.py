@@ -134,7 +134,7 @@ def variants(case: Decode) -> dict[str, DecodeConfig | None]:
     found: dict[str, DecodeConfig | None] = {"ours": None}
     base = decode_config(rows=Q_HEADS // KV_HEADS * case.queries, head_dim=HEAD_DIM, value_head_dim=HEAD_DIM)
     for block_k, stages, queries, programs in (
-        (64, 3, 2, 132), (64, 4, 2, 132), (64, 6, 1, 132), (128, 2, 2, 132), (128, 2, 1, 132), (64, 5, 2, 128),
+        (64, 2, 2, 132), (64, 4, 2, 132), (64, 5, 2, 132), (64, 6, 1, 132), (128, 2, 2, 132), (128, 2, 1, 132), (64, 3, 2, 128),
     ):  # fmt: skip
         config = dataclasses.replace(base, block_k=block_k, stages=stages, queries=queries, programs=programs)
         found[f"{block_k} keys, {stages} stages, {queries} of queries, {programs} programs"] = config

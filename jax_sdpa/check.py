@@ -224,7 +224,7 @@ def make_request(
         device=DEVICE.value,
     )
     q, k, v = _flat(q, batch, Hq, heads_axis), _flat(k, batch, Hk, heads_axis), _flat(v, batch, Hv, heads_axis)
-    return SdpaRequest(q, k, v, bias, keep_mask, masks, traced_scale, sinks, seeds, spec)
+    return SdpaRequest(q, k, v, bias, keep_mask, masks, traced_scale, sinks, seeds, spec=spec)
 
 
 def _torch_mask(attn_mask: Any, is_causal: Any) -> Mask | None:

@@ -1,11 +1,12 @@
 """From `varlen_attn`'s arguments to an `SdpaRequest`, and from its results back to packed tokens; every error of that call is here.
 
-Packed keys stay as they are, one row of a batch of 1, under a `Packed` mask. Pages become each sequence's own keys, (N, cache, H,
-D), and its queries rows of a batch of N: what a decode step is, under `KeyLengths`.
+Packed keys stay as they are, one row of a batch of 1, under a `Packed` mask. With pages, which stay where they are too, the queries
+become rows of a batch of N: what a decode step is, under `KeyLengths`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sdpa import check
+from jax_sdpa import check, compat
 from jax_sdpa.context import allowed_now
 from jax_sdpa.masks import Band, KeyLengths, Mask, Packed, QueryLengths
-from jax_sdpa.request import SdpaRequest
+from jax_sdpa.request import SdpaRequest, taken
 
 Restore = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+COMPARED = 2**22
+"""Up to so many pairs of a token and a boundary are all compared, in one small kernel: a binary search is a loop of XLA's."""
 
 
 class AuxRequest(NamedTuple):
@@ -130,44 +134,37 @@ def varlen_request(
     if cu_seq_k is not None:
         _integers(cu_seq_k, "cu_seq_k", (N + 1,), f"of shape (N + 1,) = ({N + 1},)")
     table = _integers(block_table, "block_table", (N, None), f"of shape (N, max_pages) = ({N}, max_pages)")
-    mask = _mask_of_pages(cu_q[1:] - cu_q[:-1], jnp.clip(used, 0, table.shape[1] * k.shape[1]), left, right, max_q)
-    rows = _taken(q, cu_q[:-1, None] + jnp.arange(max_q, dtype=jnp.int32)[None])
-    request = check.make_request(rows, _pages(k, table), _pages(v, table), mask=mask, **common)
+    cache = table.shape[1] * k.shape[1]
+    mask = _mask_of_pages(cu_q[1:] - cu_q[:-1], used, cache, left, right, max_q)
+    rows = taken(q, cu_q[:-1, None] + jnp.arange(max_q, dtype=jnp.int32)[None])
+    own: Any = (jax.ShapeDtypeStruct((N, cache, *pool.shape[2:]), pool.dtype) for pool in (k, v))  # what the pages stand for
+    request = dataclasses.replace(check.make_request(rows, *own, mask=mask, **common), key=k, value=v, pages=table)
     return request.with_spec(batch_invariant=invariant), lambda out, lse: _packed_again(out, lse, cu_q, q.shape[0])
 
 
-def _mask_of_pages(queries: jax.Array, keys: jax.Array, left: int, right: int, max_q: int) -> Mask:
-    """What sequences with so many queries and keys, (N,) each, see of their pages. A single query stands at the last key: its
-    window is a start. (Rows behind `queries` are nobody's: hidden where that saves work.)"""
+def _mask_of_pages(queries: jax.Array, keys: jax.Array, cache: Any, left: int, right: int, max_q: int) -> Mask:
+    """What sequences with so many queries and keys, (N,) each, see of their pages, `cache` keys. A single query stands at the last
+    key: its window is a start. (Rows behind `queries` are nobody's: hidden where that saves work.)"""
+    if max_q == 1 and left < 0:
+        return KeyLengths(keys)  # as they are: there are no more keys than pages, whatever they say
+    keys = jnp.clip(keys, 0, cache)
     if max_q == 1:
-        return KeyLengths(keys, None if left < 0 else jnp.maximum(keys - 1 - left, 0))
+        return KeyLengths(keys, jnp.maximum(keys - 1 - left, 0))
     mask = KeyLengths(keys) & QueryLengths(queries)
     return mask if left < 0 and right < 0 else mask & Band(left, right, keys - queries)
-
-
-def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index], where an index outside stands for any entry: it is hidden."""
-    if x.shape[0] == 0:
-        return jnp.zeros((*index.shape, *x.shape[1:]), x.dtype)
-    return jnp.take(x, index, axis=0, mode="clip")
-
-
-def _pages(pool: jax.Array, table: jax.Array) -> jax.Array:
-    """(pages, page, H, D) through (N, max_pages) -> (N, max_pages * page, H, D): a copy of the sequences' own cache."""
-    N, most = table.shape
-    return _taken(pool, table).reshape(N, most * pool.shape[1], *pool.shape[2:])
 
 
 def _packed_again(out: jax.Array, lse: jax.Array, cu_q: jax.Array, tokens: Any) -> tuple[jax.Array, jax.Array]:
     """Rows of a batch -> packed tokens; 0 and -inf outside of all sequences, NaN in one of more than max_q queries."""
     N, longest, Hq, Ev = out.shape
     t = jnp.arange(tokens, dtype=jnp.int32)
-    n = jnp.searchsorted(cu_q, t, side="right").astype(jnp.int32) - 1
+    few = not compat.is_symbolic(tokens) and not compat.is_symbolic(N) and tokens * N <= COMPARED
+    n = jnp.searchsorted(cu_q, t, side="right", method="compare_all" if few else "scan").astype(jnp.int32) - 1
     inside, n = (n >= 0) & (n < N), jnp.clip(n, 0, max(N - 1, 0))
     i = t - cu_q[n]
     at = n * longest + jnp.minimum(i, longest - 1)
     no_out, no_lse = (jnp.where(inside, jnp.nan, fill) for fill in (0.0, -jnp.inf))  # where no row is the token's
     here = inside & (cu_q[n + 1] - cu_q[n] <= longest)
     flat, flat_lse = out.reshape(N * longest, Hq, Ev), jnp.moveaxis(lse, 1, 0).reshape(Hq, N * longest)
-    found = jnp.where(here[:, None, None], _taken(flat, at), no_out[:, None, None].astype(out.dtype))
-    return found, jnp.where(here[None], jnp.swapaxes(_taken(flat_lse.T, at), 0, 1), no_lse[None].astype(lse.dtype))
+    found = jnp.where(here[:, None, None], taken(flat, at), no_out[:, None, None].astype(out.dtype))
+    return found, jnp.where(here[None], jnp.swapaxes(taken(flat_lse.T, at), 0, 1), no_lse[None].astype(lse.dtype))

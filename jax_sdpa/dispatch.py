@@ -52,9 +52,17 @@ def _reasons(backend: SDPBackend, request: SdpaRequest, device: Device) -> list[
     """Every reason of a backend against the request; what it promises of its bits is asked of all of them in one way."""
     implementation = IMPLEMENTATIONS[backend]
     reasons = implementation.reasons_against(request, device)
-    if request.spec.batch_invariant and not implementation.is_batch_invariant(request):
-        reasons = [*reasons, "num_splits=1, the same bits for a sequence in any batch, is not supported yet."]
-    return reasons
+    return [*reasons, *implementation.against_batch_invariance(request)] if request.spec.batch_invariant else reasons
+
+
+def _notes(implementation: Implementation, request: SdpaRequest, device: Device) -> tuple[str, ...]:
+    """What `explain` adds about the chosen backend."""
+    notes = implementation.notes(request, device)
+    if request.pages is None:
+        return notes
+    if implementation.takes_pages(request):
+        return (*notes, "Pages are read where they lie: nothing is gathered.")
+    return (*notes, "Pages are gathered by XLA into each sequence's own keys first: a copy of max_pages * page keys a sequence.")
 
 
 def choose(request: SdpaRequest, device: Device) -> Choice:
@@ -72,7 +80,7 @@ def choose(request: SdpaRequest, device: Device) -> Choice:
         if backend not in order:
             reasons = _reasons(backend, request, device)
             rejected[backend] = ["It has been disabled by sdpa_kernel, a toggle or implementation=.", *reasons]
-    notes = () if chosen is None else IMPLEMENTATIONS[chosen].notes(request, device)
+    notes = () if chosen is None else _notes(IMPLEMENTATIONS[chosen].for_device(device), request, device)
     return Choice(chosen, device, rejected, notes)
 
 

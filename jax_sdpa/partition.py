@@ -49,7 +49,9 @@ def request_labels(request: SdpaRequest) -> SdpaRequest:
         "key": f"b{kv}.." if by_layout else f"b.{kv}.",
         "value": f"b{kv}.." if by_layout else f"b.{kv}.",
     }
-    shared = {"bias": "bq..", "keep_mask": "bq..", "scale": "b", "sinks": "bq", "dropout_seeds": "bq."}
+    if request.pages is not None:  # pools, which any sequence may reach into
+        named["key"] = named["value"] = f"..{kv}."
+    shared = {"bias": "bq..", "keep_mask": "bq..", "scale": "b", "sinks": "bq", "dropout_seeds": "bq.", "pages": "b."}
     for name, dims in shared.items():
         array = getattr(request, name)
         named[name] = None if array is None else _labels(array, dims)  # type: ignore[assignment]

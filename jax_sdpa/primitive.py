@@ -123,6 +123,8 @@ def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]], labels
         def rule(ctx: Any, *args: Any, treedef: Any, **params: Any) -> Any:
             request, _ = _split(ctx.avals_in, treedef)
             implementation = implementation_for(request, device(request))
+            if request.pages is not None and not implementation.takes_pages(request):
+                return compat.lower_untyped(functools.partial(_bind_gathered, primitive, treedef, params), ctx, *args)
 
             def program(*args: jax.Array) -> Sequence[jax.Array]:
                 request, rest = _split(args, treedef)
@@ -162,6 +164,13 @@ def _by_definition(evaluate: Evaluate) -> Callable[..., Any]:
         return list(outs), list(dots)
 
     return rule
+
+
+def _bind_gathered(primitive: Primitive, treedef: Any, params: dict[str, Any], *args: jax.Array) -> Sequence[jax.Array]:
+    """The same call on each sequence's own keys: the one place that gathers pages."""
+    request, rest = _split(args, treedef)
+    leaves, treedef = jax.tree.flatten(request.gathered())
+    return primitive.bind(*leaves, *rest, treedef=treedef, **params)
 
 
 # --- derivatives of the forward
@@ -217,11 +226,19 @@ def _batch_rule(primitive: Primitive, axis: Any, args: Sequence[Any], dims: Sequ
     n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     shapes = [x.shape if d is None else x.shape[:d] + x.shape[d + 1 :] for x, d in zip(args, dims, strict=True)]
     positions, others = _split(range(len(args)), treedef)
+    paged = positions.pages is not None
+    if paged and (dims[positions.key] is not None or dims[positions.value] is not None):  # no table reaches into several pools
+        gathered = functools.partial(_bind_gathered, primitive, treedef, params)
+        results = jax.vmap(gathered, tuple(dims), axis_size=n, spmd_axis_name=axis.spmd_name)(*args)
+        return results, [0] * len(results)
     batch = shapes[positions.query][0]
     wrt = params.get("wrt", ())
     full = [d is not None or (shape[0] == batch and batch != 1) for shape, d in zip(shapes, dims, strict=True)]
     for i in (positions.query, positions.key, positions.value, *others[:2]):  # these and out, lse are never shared
         full[i] = True
+    if paged:  # all of these entries' pages are in one pool
+        full[positions.key] = full[positions.value] = False
+        full[positions.pages] = True
     if primitive is tangent_p:  # an operand and its tangent have one shape
         for name, i in zip(wrt, others[2:], strict=True):
             full[i] = full[getattr(positions, name)] = full[i] or full[getattr(positions, name)]

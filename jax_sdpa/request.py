@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_sdpa.context import Allowed
 from jax_sdpa.masks import Mask, conjunction
@@ -46,6 +47,10 @@ class SdpaRequest:
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) for layout 'BHLE', with heads behind lengths for 'BLHE';
     bias, float, and keep_mask, bool (B|1, Hq|1, L|1, S|1); masks, structured ones with (B|1, …) arrays; scale (B|1,);
     sinks (B|1, Hq); dropout_seeds uint32 (B|1, Hq|1, 2), or 4 (`dropout.seeds_at`). What is absent is None.
+
+    With pages, int32 (B, n), key and value are pools (pages, page, H, E) and (pages, page, H, Ev) in layout 'BLHE': key j of batch
+    entry b is row j % page of page pages[b, j // page], S = n * page; entries whose keys the masks hide may be anything. For
+    inference: such a request has no derivative.
     """
 
     query: Any
@@ -57,6 +62,7 @@ class SdpaRequest:
     scale: Any = None
     sinks: Any = None
     dropout_seeds: Any = None
+    pages: Any = None
     spec: SdpaSpec = dataclasses.field(default=None, metadata={"static": True})  # type: ignore[assignment]
 
     @property
@@ -85,7 +91,8 @@ class SdpaRequest:
 
     @property
     def key_len(self) -> Any:
-        return self.key.shape[self.length_axis]
+        length = self.key.shape[self.length_axis]
+        return length if self.pages is None else self.pages.shape[1] * length
 
     @property
     def head_dim(self) -> Any:
@@ -115,3 +122,18 @@ class SdpaRequest:
 
     def with_spec(self, **changes: Any) -> SdpaRequest:
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changes))
+
+    def gathered(self) -> SdpaRequest:
+        """The same call without pages: every sequence's keys and values in a row, a copy of S of them for each."""
+        if self.pages is None:
+            return self
+        shape = (self.batch, self.key_len)
+        key, value = (taken(pool, self.pages).reshape(*shape, *pool.shape[2:]) for pool in (self.key, self.value))
+        return dataclasses.replace(self, key=key, value=value, pages=None)
+
+
+def taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index], where an index outside stands for any entry: it is hidden."""
+    if x.shape[0] == 0:
+        return jnp.zeros((*index.shape, *x.shape[1:]), x.dtype)
+    return jnp.take(x, index, axis=0, mode="clip")

@@ -7,6 +7,7 @@ entry, or an id for each query or key; a kernel program asks a mask that holds w
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -126,6 +127,13 @@ class DecodeConfig(ForwardConfig):
     share the key tiles, one for each SM."""
 
     programs: int = 132
+
+    def own_out(self, head_dim: int, value_head_dim: int) -> bool:
+        return True
+
+    def out_columns(self, head_dim: int, value_head_dim: int) -> int:
+        """Of the float32 results, at most 64 at a time, so that the ring gets the memory."""
+        return math.gcd(value_head_dim, 64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Which configuration a decode gets. Not measured yet: reckoned from the forward's figures (NOTES.md, "Hopper decode")."""
+"""Which configuration a decode gets. Measured on an H100, 2026-11-25 (NOTES.md, "Hopper decode")."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from pallas_kernels.contracts import DecodeConfig
 from pallas_kernels.tuning import SHARED_MEMORY, SMS
@@ -10,17 +12,29 @@ from pallas_kernels.visits import cdiv
 def decode_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeConfig:
     """The configuration for a group's rows (heads times queries) and head dims, multiples of 16.
 
-    Memory gives an SM some 33 GB/s of 4.3 TB/s, at about a microsecond of latency: 32 KB have to be on their way at any time. All
-    memory beside the queries and results is the ring's; tiles are small, so that the first one is soon there.
+    Memory gives an SM some 33 GB/s of 4.3 TB/s, at about a microsecond of latency: 32 KB have to be on their way at any time. Tiles
+    are small, so that the first one is soon there. Three of them in flight are never worse than five (D128, us: B1 S32768 30.5 to
+    30.9, B64 S4096 187.0 to 187.9, with lengths 8:1 123.9 to 127.0); beyond 128 head dims, as many as memory holds: not measured.
 
     >>> decode_config(rows=7, head_dim=128, value_head_dim=128).stages
-    5
+    3
     """
-    warpgroups = cdiv(rows, 64)
-    queries = 2 if max(head_dim, value_head_dim) <= 128 else 1
-    left = SHARED_MEMORY - 64 * warpgroups * (2 * queries * head_dim + 4 * min(64, value_head_dim))
-    stages = max(2, min(8, left // (2 * 64 * (head_dim + value_head_dim))))
-    registers = (240, 80) if warpgroups == 1 else (216, 72)  # few rows, so the loader need not spill what it clears
-    return DecodeConfig(
-        block_k=64, stages=stages, warpgroups=warpgroups, registers=registers, row_tiles=2, queries=queries, programs=SMS
+    warpgroups, wide = cdiv(rows, 64), max(head_dim, value_head_dim) > 128
+    registers = (248, 80) if warpgroups == 1 else (216, 72)  # few rows, so the loader need not spill what it clears
+    config = DecodeConfig(
+        block_k=64, stages=2 if wide else 3, warpgroups=warpgroups, registers=registers, row_tiles=2, queries=1 if wide else 2,
+        programs=SMS,
     )  # fmt: skip
+    if not wide:
+        return config
+    left = SHARED_MEMORY - shared_bytes(config, head_dim, value_head_dim)
+    more = left // (2 * config.block_k * (head_dim + value_head_dim))
+    return dataclasses.replace(config, stages=min(8, config.stages + more))
+
+
+def shared_bytes(config: DecodeConfig, head_dim: int, value_head_dim: int) -> int:
+    """Of a program's queries, keys and values, half precision, and of its results, float32, so many columns of them as leave at a
+    time."""
+    queries = config.rows * config.queries * head_dim
+    keys = config.stages * config.block_k * (head_dim + value_head_dim)
+    return 2 * (queries + keys) + 4 * config.rows * config.out_columns(head_dim, value_head_dim)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import DecodeConfig, ForwardShape
@@ -17,25 +16,42 @@ from pallas_kernels.decode_tuning import decode_config
 from pallas_kernels.flash_attention import longer, up
 from pallas_kernels.shares import Shares
 
-ENABLED = False
-"""No GPU has run these kernels yet (they are right interpreted, and compile without spills): until then the forward serves."""
-
 QUERIES = 16
 """More of them are chunked prefill, which the forward serves."""
+
+ROWS = 128
+"""Of a group's heads times their queries: two warpgroups'."""
 
 KEYS = 256
 """Fewer of them are not worth a second launch."""
 
 
-def takes(*, query_len: int, key_len: int, group: int, has_ids: bool, dense: bool, drops: bool) -> bool:
+def takes(*, query_len: int, key_len: int, group: int, has_ids: bool, dense: bool, drops: bool, whole: bool = False) -> bool:
     """Whether a call is a decode: few queries, and keys that only numbers hide.
 
-    group: query heads per key/value head; has_ids: a mask with an id for each position; dense: a bias or a dense mask.
+    group: query heads per key/value head; has_ids: a mask with an id for each position; dense: a bias or a dense mask. whole: of
+    however many keys, which is what the batch's longest sequence has.
 
     >>> takes(query_len=1, key_len=4096, group=7, has_ids=False, dense=False, drops=False)
     True
     """
-    return query_len <= QUERIES and group * query_len <= 128 and key_len >= KEYS and not (has_ids or dense or drops)
+    few = query_len <= QUERIES and group * query_len <= ROWS
+    return few and (whole or key_len >= KEYS) and not (has_ids or dense or drops)
+
+
+def takes_pages(*, pages: int, page: int, head_dim: int, value_head_dim: int) -> bool:
+    """Whether a pool of so many pages is read where it lies: a tile is whole pages, or lies in one, and to pad the pool would cost
+    more than to gather what is read of it.
+
+    >>> takes_pages(pages=1000, page=16, head_dim=128, value_head_dim=128)
+    True
+    """
+    return pages > 0 and page >= 8 and page & (page - 1) == 0 and head_dim % 16 == value_head_dim % 16 == 0
+
+
+def padding(key_len: int, head_dim: int, value_head_dim: int) -> tuple[str, ...]:
+    """Which of key and value are copied to be padded, by name; the few queries are copied into rows where they do not lie so."""
+    return tuple(name for name, dim in (("key", head_dim), ("value", value_head_dim)) if key_len % 8 or dim % 16)
 
 
 def decode(
@@ -47,7 +63,8 @@ def decode(
     Args:
         query, key, value, layout, scale, softcap, mask, sinks: as `flash_attention.forward`'s; the mask by numbers only.
         pages: int32 (B, n): which pages of key and value, then (pages, page, H, E) and (pages, page, H, Ev) with layout 'BLHE',
-            hold a sequence's keys, one after another; page a power of two of at least 8. Pages that the mask hides may be any.
+            hold a sequence's keys, one after another; page a power of two of at least 8 (`takes_pages`). Pages that the mask hides
+            may be any number.
         whole: no sequence is cut (torch's num_splits=1): it has the same bits alone and in a batch.
         config: how to cut the work; None: `decode_tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
     """
@@ -68,9 +85,9 @@ def decode(
     )  # fmt: skip
     if config is None:
         config = decode_config(rows=group * L, head_dim=shape.head_dim, value_head_dim=shape.value_head_dim)
-    shares = Shares(B, H, config.programs, whole)
-    found = visits.ranges(mask, 0, L, L, S, config.block_k)
-    of_programs, of_items = shares.tables(found.steps if isinstance(found.steps, int) else jnp.atleast_1d(found.steps))
+    steps = visits.ranges(mask, 0, L, L, S, config.block_k).steps
+    shares = Shares(B, H, config.programs, steps if isinstance(steps, int) else None, whole)
+    before = shares.before(jnp.atleast_1d(steps)) if shares.searches else None
     if layout == "BLHE":
         query = jnp.swapaxes(query, 1, 2)  # (B, Hq, L, E); with L = 1 nothing moves
     rows = jnp.reshape(query, (B, H, group * L, E))
@@ -78,12 +95,10 @@ def decode(
         key, value = (longer(x, {length_axis: up(S, 8), 3: up(x.shape[3], 16)}) for x in (key, value))
     else:
         key, value = (longer(x, {3: up(x.shape[3], 16)}) for x in (key, value))
-        pages = longer(pages, {1: visits.cdiv(S, config.block_k) * max(1, config.block_k // key.shape[1])})
     run = hopper_decode.forward(shape, config, shares, mask, page=page, interpret=interpret)
     parts, lses = run(
-        longer(rows, {2: up(group * L, 8), 3: up(E, 16)}), key, value, jnp.asarray(of_programs, np.int32),
-        mask_arrays=jax.tree.leaves(mask), scale=None if static_scale is not None else scale, pages=pages,
+        longer(rows, {2: up(group * L, 8), 3: up(E, 16)}), key, value, before=before, mask_arrays=jax.tree.leaves(mask),
+        scale=None if static_scale is not None else scale, pages=pages,
     )  # fmt: skip
-    merge = hopper_merge.merge(shape, shares.slots, interpret=interpret)
-    out, lse = merge(parts, lses, jnp.asarray(of_items, np.int32), sinks)
+    out, lse = hopper_merge.merge(shape, shares, interpret=interpret)(parts, lses, before, sinks)
     return out[..., :Ev], lse

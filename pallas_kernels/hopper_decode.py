@@ -34,23 +34,20 @@ from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.shares import Shares
 from pallas_kernels.visits import cdiv
 
-COLUMNS = 64
-"""Of the results that leave at a time: little memory beside the ring."""
-
 
 def forward(
     shape: ForwardShape, config: DecodeConfig, shares: Shares, mask: Any = None, *, page: int | None = None, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A function (query, key, value, table, *, mask_arrays, scale, pages) -> (out, lse) of the pieces, float32.
+    """A function (query, key, value, *, before, mask_arrays, scale, pages) -> (out, lse) of the pieces, float32.
 
     query: (B, H, rows, E), a group's heads times L, row g * L + l, rows a multiple of 8. key, value as the forward's; with `page`,
     (pages, page, H, E) in layout 'BLHE', and pages (B, …) int32 says which of them hold a sequence's keys, one after another.
-    table: of programs, from `shares`. out: (slots, rows, Ev, with more columns as `hopper_merge` wants them), each piece normalised
-    by itself; lse: (slots, config.rows). Slots without a piece hold anything.
+    before: of `shares`, where it searches. out: (slots, rows, Ev, with more columns as `hopper_merge` wants them), each piece
+    normalised by itself; lse: (slots, config.rows). Slots without a piece hold anything.
     """
     H, L, S = shape.kv_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
-    bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
+    bq, bk, n_wg, width = config.block_q, config.block_k, config.warpgroups, config.out_columns(E, Ev)
     rows_out = cdiv(shape.group * L, 8) * 8
     arrays, structure = jax.tree.flatten(mask)
     lo, hi = (0, S) if mask is None else mask.kv_range(0, L, L, S)
@@ -64,7 +61,8 @@ def forward(
 
     def kernel(*operands: Any, q_s: Any, out_s: Any, lse_s: Any, q_ready: Any, **keys: Any) -> None:
         given = iter(operands)
-        q_ref, k_ref, v_ref, table = next(given), next(given), next(given), next(given)
+        q_ref, k_ref, v_ref = next(given), next(given), next(given)
+        before = next(given) if shares.searches else None
         refs = Refs(
             mask=[next(given) for _ in arrays], table=None, keep=None, bias=None, sinks=None, seeds=None,
             scale=next(given) if shape.scale is None else None, bias_s=None, bias_ready=None, bias_free=None,
@@ -73,7 +71,7 @@ def forward(
         out_ref, lse_ref = given
         ring = Ring(recipe, **keys, copies=copies)
         program, wg = lax.axis_index("program"), lax.axis_index("wg")
-        first, start, count, end = (table[program, n] for n in range(4))
+        first, start, count, end = shares.of_program(program, before)
         zero = 0 * program  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
 
         def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
@@ -86,7 +84,7 @@ def forward(
         def walk_of(n: Any, b: Any) -> Any:
             """The key tiles of piece n."""
             walk = visits.ranges(mask_of(recipe, refs, b), 0, L, L, S, bk)
-            if isinstance(walk.steps, int) and walk.steps == 1:
+            if shares.whole or (isinstance(walk.steps, int) and walk.steps == 1):
                 return walk
             stop = jnp.where(n == count - 1, end, walk.steps)
             return walk.part(jnp.where(n == 0, start, zero), stop)
@@ -153,7 +151,9 @@ def forward(
                     length = bk // copies
                     for n in range(copies):
                         key = t * bk + n * length
-                        of = pages[b, lax.div(key, np.int32(keys_of_page))]
+                        # behind the last page comes the last page again, and what is no page is one: nobody sees either
+                        of = pages[b, visits.least(lax.div(key, np.int32(keys_of_page)), pages.shape[1] - 1)]
+                        of = visits.greatest(visits.least(of, operand.shape[0] - 1), 0)
                         source = operand.at[of, pl.ds(lax.rem(key, np.int32(keys_of_page)), length), h]
                         plgpu.copy_gmem_to_smem(source, memory.at[pl.ds(n * length, length)], ready)
 
@@ -169,7 +169,6 @@ def forward(
 
         in_roles(config, wg, compute, load_all, interpret)
 
-    width = COLUMNS if Ev % COLUMNS == 0 else Ev
     q_slots = config.queries * n_wg
     call = launch(
         kernel,
@@ -191,9 +190,12 @@ def forward(
     )
 
     def run(
-        query: Any, key: Any, value: Any, table: Any, *, mask_arrays: Sequence[Any] = (), scale: Any = None, pages: Any = None
-    ) -> tuple[jax.Array, jax.Array]:
-        more = [] if shape.scale is not None else [scale.astype(jnp.float32)]
-        return call(query, key, value, table, *mask_arrays, *more, *([] if pages is None else [pages]))
+        query: Any, key: Any, value: Any, *, before: Any = None, mask_arrays: Sequence[Any] = (), scale: Any = None,
+        pages: Any = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        where, more = ([] if x is None else [x] for x in (before, pages))
+        if shape.scale is None:
+            more = [scale.astype(jnp.float32), *more]
+        return call(query, key, value, *where, *mask_arrays, *more)
 
     return run

@@ -2,8 +2,8 @@
 
     lse = log(sum_s exp(lse_s) + exp(sink));  out = sum_s exp(lse_s - lse) * out_s
 
-Grid: one program, a single warpgroup, for each row of an item and each WIDTH columns. It reads AT_ONCE pieces at a time, whose
-loads do not wait for one another, in the order of the keys, so that the same pieces give the same bits.
+Grid: one program, a single warpgroup, for each row of an item and each WIDTH columns. It reads as many pieces at a time as items
+have as a rule, whose loads do not wait for one another, in the order of the keys, so that the same pieces give the same bits.
 """
 
 from __future__ import annotations
@@ -20,39 +20,43 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contracts import ForwardShape
 from pallas_kernels.hopper_scores import shared
+from pallas_kernels.shares import Shares
 from pallas_kernels.visits import cdiv
 
-AT_ONCE = 8
+MOST_AT_ONCE = 36
+"""Pieces, whose values and lse want three or four registers each: 128 of them for a sequence's four heads over the whole chip."""
+
 WIDTH = 128
 """Columns of a program, one a thread; beyond Ev they are never written, nor read by anybody."""
 
 
-def merge(shape: ForwardShape, slots: int, *, interpret: Any = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A function (out, lse, table, sinks) -> (out, lse) of the call, in its layout and dtype, lse (B, Hq, L) float32.
+def merge(shape: ForwardShape, shares: Shares, *, interpret: Any = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function (out, lse, before, sinks) -> (out, lse) of the call, in its layout and dtype, lse (B, Hq, L) float32.
 
-    out (slots, rows, Ev, filled up to a multiple of WIDTH) and lse (slots, …), float32, of the pieces; table (items, 2) int32:
-    first slot and number of slots (`shares`); sinks (1|B, Hq), None without.
+    out (slots, rows, Ev, filled up to a multiple of WIDTH) and lse (slots, …), float32, of the pieces; before: of `shares`, None
+    where it does not search; sinks (1|B, Hq), None without.
     """
     B, Hq, H, L, Ev = shape.batch, shape.q_heads, shape.kv_heads, shape.query_len, shape.value_head_dim
-    columns = cdiv(Ev, WIDTH) * WIDTH
+    columns, at_once = cdiv(Ev, WIDTH) * WIDTH, cdiv(shares.pieces, cdiv(shares.pieces, MOST_AT_ONCE))
     layout = plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1)
 
     def kernel(*operands: Any, out_s: Any) -> None:
         given = iter(operands)
-        parts, lses, table = next(given), next(given), next(given)
+        parts, lses = next(given), next(given)
+        before = next(given) if shares.searches else None
         sinks = next(given) if shape.sinks else None
         out_ref, lse_ref = given
         item, row = lax.axis_index("item"), lax.axis_index("row")
         column = lax.axis_index("column") * WIDTH
         b, l = lax.div(item, np.int32(H)), lax.rem(row, np.int32(L))
         head = lax.rem(item, np.int32(H)) * shape.group + lax.div(row, np.int32(L))
-        first, count = table[item, 0], table[item, 1]
+        first, count = shares.of_item(item, before)
 
         def step(i: Any, state: Any) -> Any:
             acc, m, total = state
             found = []
-            for n in range(AT_ONCE):
-                at = i * AT_ONCE + n
+            for n in range(at_once):
+                at = i * at_once + n
                 piece = first + jnp.minimum(at, count - 1)
                 where = parts.at[piece, row, pl.ds(column, WIDTH)]
                 values = plgpu.load(where, layout=layout)  # pyright: ignore[reportCallIssue]
@@ -74,7 +78,7 @@ def merge(shape: ForwardShape, slots: int, *, interpret: Any = None) -> Callable
         else:
             m = sinks[(*shared(sinks, b), head)]
             total = jnp.where(m == -jnp.inf, 0.0, 1.0)
-        steps = lax.div(count + (AT_ONCE - 1), np.int32(AT_ONCE))
+        steps = lax.div(count + (at_once - 1), np.int32(at_once))
         acc, m, total = lax.fori_loop(0 * item, steps, step, (acc, m, total))
         empty = total == 0.0
         safe = jnp.where(empty, 1.0, total)
@@ -108,8 +112,9 @@ def merge(shape: ForwardShape, slots: int, *, interpret: Any = None) -> Callable
         **({} if interpret is None else {"interpret": interpret}),
     )
 
-    def run(parts: Any, lses: Any, table: Any, sinks: Any = None) -> tuple[jax.Array, jax.Array]:
-        out, lse = call(parts, lses, table, *([] if sinks is None else [sinks.astype(jnp.float32)]))
+    def run(parts: Any, lses: Any, before: Any = None, sinks: Any = None) -> tuple[jax.Array, jax.Array]:
+        more = [] if sinks is None else [sinks.astype(jnp.float32)]
+        out, lse = call(parts, lses, *([] if before is None else [before]), *more)
         return out[..., :Ev], lse
 
     return run

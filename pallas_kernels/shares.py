@@ -8,7 +8,8 @@ sum says. The piece that program p has of item i is written to slot i + p: from 
     items    a a a a b c c c c      lengths 4, 1, 4
     program  0 0 0 1 1 1 2 2 2      slots: a in 0 and 1, b in 2, c in 3 and 4
 
-Both tables are int32; they are NumPy constants where the mask is static.
+A program works out its own share, by arithmetic alone where the number of tiles is static. Where it is traced, one small array says
+how many tiles lie `before` each batch entry, and a program searches it for the entries of its first and its last tile.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
+
+from pallas_kernels.visits import cdiv, divided, greatest, least
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """batch, heads: of the items, heads fastest. whole: an item is never cut, so that its result does not depend on the others."""
+    """batch, heads: of the items, heads fastest. steps: tiles of every item, None if these are only known to run time.
+    whole: an item is never cut, so that its result does not depend on the others."""
 
     batch: int
     heads: int
     programs: int
+    steps: int | None = None
     whole: bool = False
 
     @property
@@ -37,44 +43,91 @@ class Shares:
     def slots(self) -> int:
         return self.items + self.programs
 
-    def tables(self, steps: Any) -> tuple[Any, Any]:
-        """(programs, 4): first item, its first tile, number of pieces (0: nothing to do), the last piece's end tile;
-        (items, 2): first slot, number of slots. steps: tiles of each batch entry's items, an int or int32 (1|B,).
+    @property
+    def searches(self) -> bool:
+        """Whether programs and items need `before`."""
+        return self.steps is None and not self.whole
 
-        >>> of_programs, of_items = Shares(3, 1, 3).tables(np.array([4, 1, 4]))
-        >>> of_programs.tolist(), of_items.tolist()
-        ([[0, 0, 1, 3], [0, 3, 3, 1], [2, 1, 1, 4]], [[0, 2], [2, 1], [3, 2]])
-        """
-        xp: Any = np if isinstance(steps, (int, np.ndarray)) else jnp
-        steps = xp.broadcast_to(xp.asarray(steps, np.int32), (self.batch,))
-        number = np.arange(self.batch, dtype=np.int32)
-        # a sum of B x B and no cumsum: one small kernel
-        before = self.heads * xp.where(number[None] < number[:, None], steps[None], 0).sum(1, dtype=np.int32)
-        total = before[-1] + self.heads * steps[-1]
-        program, item = np.arange(self.programs, dtype=np.int32), np.arange(self.items, dtype=np.int32)
-        b, h = item // self.heads, item % self.heads
-        own = steps[b]
+    @property
+    def pieces(self) -> int:
+        """Of an item, at most; where `searches`, of one as long as the others."""
         if self.whole:
-            share = -(-self.items // self.programs)
+            return 1
+        return cdiv(self.programs, self.items) + 1 if self.steps is None else cdiv(self.steps - 1, self._share(None)) + 1
+
+    def before(self, steps: Any) -> jax.Array:
+        """int32 (batch + 1,): how many tiles lie before each batch entry, and in all; steps (1|batch,): those of each head.
+
+        >>> Shares(3, 2, 5).before(jnp.array([4, 1, 4])).tolist()
+        [0, 8, 10, 18]
+        """
+        n, entry = (lax.broadcasted_iota(jnp.int32, (self.batch + 1, self.batch), axis) for axis in (0, 1))
+        # a masked sum and no cumsum, nothing behind it: one small kernel, the steps' own arithmetic included
+        return jnp.where(entry < n, self.heads * steps.astype(jnp.int32)[None], 0).sum(1, dtype=jnp.int32)
+
+    def of_program(self, program: Any, before: Any = None) -> tuple[Any, Any, Any, Any]:
+        """(first item, the first of its tiles, number of pieces, the end of the last piece's tiles); whole: its items, whole.
+
+        >>> [tuple(map(int, Shares(3, 1, 3).of_program(p, jnp.array([0, 4, 5, 9])))) for p in range(3)]
+        [(0, 0, 1, 3), (0, 3, 3, 1), (2, 1, 1, 4)]
+        """
+        if self.whole:
+            share = cdiv(self.items, self.programs)
             first = program * share
-            count = np.clip(self.items - first, 0, share)
-            last = np.clip(first + count - 1, 0, self.items - 1)
-            of_programs = xp.stack([xp.asarray(first), xp.asarray(0 * first), xp.asarray(count), own[last]], -1)
-            return of_programs, np.stack([item + item // share, np.ones_like(item)], -1)
-        share = -(-total // self.programs)
-        start = xp.minimum(program * share, total)
-        stop = xp.minimum(start + share, total)
+            return first, None, greatest(least(self.items - first, share), 0), None
+        total, share = self._total(before), self._share(before)
+        start = least(program * share, total)
+        stop = least(start + share, total)
+        (first, at), (last, end) = self._places(before, least(start, total - 1), stop - 1)
+        return first, at, jnp.where(start < stop, last - first + 1, 0 * first), end + 1
 
-        def place(x: Any) -> tuple[Any, Any]:
-            """(the item of tile x, how many of its tiles come before)."""
-            entry = (before[None] <= x[:, None]).sum(1, dtype=np.int32) - 1
-            rest = x - before[entry]
-            head = rest // steps[entry]
-            return entry * self.heads + head, rest - head * steps[entry]
+    def of_item(self, item: Any, before: Any = None) -> tuple[Any, Any]:
+        """(first slot, number of pieces).
 
-        (first, at), (last, end) = place(start), place(xp.maximum(stop - 1, 0))
-        count = xp.where(stop > start, last - first + 1, 0)
-        of_programs = xp.stack([first, at, count, end + 1], -1).astype(np.int32)
-        begins = before[b] + h * own
-        low, high = begins // share, (begins + own - 1) // share
-        return of_programs, xp.stack([item + low, high - low + 1], -1).astype(np.int32)
+        >>> [tuple(map(int, Shares(3, 1, 3).of_item(i, jnp.array([0, 4, 5, 9])))) for i in range(3)]
+        [(0, 2), (2, 1), (3, 2)]
+        """
+        if self.whole:
+            return item + divided(item, cdiv(self.items, self.programs)), 1 + 0 * item
+        share = self._share(before)
+        if self.steps is not None:
+            own, begin = self.steps, item * self.steps
+        else:
+            entry = divided(item, self.heads)
+            begin, end = before[entry], before[entry + 1]
+            own = divided(end - begin, self.heads)
+            begin = begin + (item - entry * self.heads) * own
+        low, high = divided(begin, share), divided(begin + own - 1, share)
+        return item + low, high - low + 1
+
+    def _total(self, before: Any) -> Any:
+        return before[self.batch] if self.steps is None else self.items * self.steps
+
+    def _share(self, before: Any) -> Any:
+        """Tiles of a program."""
+        return divided(self._total(before) + (self.programs - 1), self.programs)
+
+    def _places(self, before: Any, *tiles: Any) -> list[tuple[Any, Any]]:
+        """(item, how many of its tiles come before) of each of these tiles."""
+        if self.steps is not None:
+            items = [divided(x, self.steps) for x in tiles]
+            return [(item, x - item * self.steps) for item, x in zip(items, tiles, strict=True)]
+        places = []
+        for entry, x in zip(self._entries(before, *tiles), tiles, strict=True):
+            begin, end = before[entry], before[entry + 1]
+            own = divided(end - begin, self.heads)
+            head = divided(x - begin, own)
+            places.append((entry * self.heads + head, x - begin - head * own))
+        return places
+
+    def _entries(self, before: Any, *tiles: Any) -> list[Any]:
+        """The batch entry of each of these tiles, by binary search: side by side, so that no load waits for another's. Places
+        beyond the last entry stand for the end of all tiles, which no tile has reached."""
+        found = [0 * x for x in tiles]
+        for power in reversed(range((self.batch - 1).bit_length())):
+            further = [least(entry + 2**power, self.batch) for entry in found]
+            begins = [before[entry] for entry in further]
+            found = [
+                jnp.where(begin <= x, there, here) for begin, x, there, here in zip(begins, tiles, further, found, strict=True)
+            ]
+        return found

@@ -25,9 +25,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _divided(x: Any, by: int) -> Any:
+def divided(x: Any, by: Any) -> Any:
     """x // by for what is not negative; an int stays one (an array that a kernel closes over is none of its operands)."""
-    return x // by if isinstance(x, int) or x.ndim else lax.div(x, np.int32(by))
+    return x // by if isinstance(x, int) or x.ndim else lax.div(x, np.int32(by) if isinstance(by, int) else by)
 
 
 def least(a: Any, b: Any) -> Any:
@@ -87,12 +87,12 @@ def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> Ran
         lo, hi = mask.kv_range(q_lo, q_lo + rows, L, S)
         full_lo, full_hi = mask.full_range(q_lo, q_lo + rows, L, S)
     tiles = cdiv(S, block_k)
-    first = least(_divided(lo, block_k), tiles - 1)
-    last = greatest(_divided(hi + (block_k - 1), block_k), first + 1)
+    first = least(divided(lo, block_k), tiles - 1)
+    last = greatest(divided(hi + (block_k - 1), block_k), first + 1)
     if tiles == 1:  # known now, whatever the mask
         first, last = 0, 1
-    full_first = least(greatest(_divided(full_lo + (block_k - 1), block_k), first), last)
-    full_last = least(greatest(_divided(full_hi, block_k), full_first), last)
+    full_first = least(greatest(divided(full_lo + (block_k - 1), block_k), first), last)
+    full_last = least(greatest(divided(full_hi, block_k), full_first), last)
     return RangeWalk(first, full_first, full_last, last)
 
 

@@ -171,6 +171,9 @@ program = jax.jit(call).lower(
     array(B, L, Hq, E), cache, array(B, dtype=jnp.int32), array(B, S // page, dtype=jnp.int32)
 ).compile()
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
+text = program.as_text()
+steps = [line for line in text[text.index("ENTRY"):].splitlines() if any(f" {name}(" in line for name in ("fusion", "copy", "while"))]
+print("of XLA", len(steps), *steps, sep="\\n")
 """
 
 
@@ -184,10 +187,12 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
         ((8, 32, 8, 4, 4096, 128), "window"),
         ((8, 64, 8, 16, 4096, 64), "lengths"),
         ((16, 16, 8, 1, 4096, 256), "lengths"),
+        ((1, 28, 4, 1, 32768, 128), "full"),
     ],
     ids=str,
 )
 def test_decode_has_no_spills_and_no_copy_of_the_cache(shape, kind, tmp_path):
+    """XLA has one thing to do with the queries (rows are wanted in eights, a group's one after another), and one with lengths."""
     text = run(tmp_path, DECODE, *shape, kind)
     spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
     assert len(spills) == 2, "ptxas said nothing of the two kernels"
@@ -197,6 +202,43 @@ def test_decode_has_no_spills_and_no_copy_of_the_cache(shape, kind, tmp_path):
     pieces = 4 * (B * H + 132) * (max(8, Hq // H * L) * max(128, E) + 128)  # float32, and lse
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     assert temporaries <= pieces + 4 * B * max(8 * H, Hq) * L * E + 2**16, temporaries
+    assert int(re.findall(r"of XLA\n(\d+)", text)[0]) <= (1 if kind == "full" else 2), text[text.index("of XLA") :]
+
+
+PAGES = """
+from jax_sdpa.attention.varlen import varlen_attn
+
+gpus, page = int(sys.argv[2]), int(sys.argv[3])
+mesh, N, n = mesh_of(gpus), 64, 4096 // page
+
+def array(*shape, spec=PartitionSpec(), dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+def call(q, k, v, cu_q, used, table):
+    return varlen_attn(q, k, v, cu_q, None, 1, 4096, window_size=(-1, 0), enable_gqa=True, seqused_k=used, block_table=table)
+
+over_heads = dict(spec=PartitionSpec(None, None, "x"))
+pool = array(N * n, page, 4, 128, **over_heads)
+numbers = (array(*shape, dtype=jnp.int32) for shape in ((N + 1,), (N,), (N, n)))
+with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    program = jax.jit(call).lower(array(N, 28, 128, spec=PartitionSpec(None, "x")), pool, pool, *numbers).compile()
+print("temporaries", program.memory_analysis().temp_size_in_bytes)
+text = program.as_text()
+steps = [line for line in text[text.index("ENTRY"):].splitlines() if any(f" {name}(" in line for name in ("fusion", "copy", "while"))]
+print("of XLA", len(steps), *steps, sep="\\n")
+print("kernels", sum("custom-call(" in line and "mosaic_gpu" in line for line in text.splitlines()), "all-" in text)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpus", "page"), [(1, 16), (2, 128)])
+def test_a_decode_step_on_pages_gathers_none_of_them(gpus, page, tmp_path):
+    """Beside the kernels there are the queries on their way to rows, the tokens' sequences, the results on their way back, and one
+    array of lengths; over two GPUs heads stay where they are."""
+    text = run(tmp_path, PAGES, gpus, page)
+    assert "kernels 2 False" in text
+    assert int(re.findall(r"of XLA\n(\d+)", text)[0]) == 4, text[text.index("of XLA") :]
+    assert int(re.findall(r"temporaries (\d+)", text)[0]) < 2**22
 
 
 TWO_GPUS = """

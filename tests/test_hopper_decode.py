@@ -3,6 +3,9 @@
 Programs are few here, so that items are cut in every way; sizes are tiny.
 """
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,9 @@ from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
 from jax_sdpa.device import assume_device
 from pallas_kernels import flash_decode, visits
+from pallas_kernels.decode_tuning import decode_config, shared_bytes
 from pallas_kernels.shares import Shares
+from pallas_kernels.tuning import SHARED_MEMORY
 
 needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 
@@ -27,33 +32,44 @@ rng = np.random.default_rng(7)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(("steps", "heads", "programs"), [((4, 1, 4), 1, 3), ((1,), 2, 7), ((3, 9, 1, 1), 2, 5), (6, 3, 4), ((1, 1, 50), 1, 8)])  # fmt: skip
+@pytest.mark.parametrize(("steps", "heads", "programs"), [((4, 1, 4), 1, 3), ((1,), 2, 7), ((3, 9, 1, 1), 2, 5), (6, 3, 4), ((1, 1, 50), 1, 8), ((2,) * 8, 3, 9), ((7, 1), 2, 40)])  # fmt: skip
 def test_shares_cover_every_tile_once_and_slots_do_not_collide(steps, heads, programs, whole):
-    batch = 2 if isinstance(steps, int) else len(steps)
-    shares = Shares(batch, heads, programs, whole)
-    of_programs, of_items = shares.tables(steps if isinstance(steps, int) else jnp.array(steps))
-    static = shares.tables(steps if isinstance(steps, int) else np.array(steps))
-    np.testing.assert_array_equal(of_programs, static[0])
-    np.testing.assert_array_equal(of_items, static[1])
+    static = isinstance(steps, int)
+    batch = 2 if static else len(steps)
+    shares = Shares(batch, heads, programs, steps if static else None, whole)
     tiles = np.broadcast_to(steps, (batch,))
+    before = np.asarray(shares.before(jnp.asarray(tiles))) if shares.searches else None
     seen, written, taken = [np.zeros(n, int) for n in np.repeat(tiles, heads)], {}, []
-    for p, (first, start, count, end) in enumerate(np.asarray(of_programs)):
+    for p in range(programs):
+        first, start, count, end = shares.of_program(np.int32(p), before)
         taken.append(0)
         for n in range(count):
-            item = first + n
-            lo, hi = start if n == 0 else 0, end if n == count - 1 else len(seen[item])
+            item = int(first) + n
+            lo, hi = start if n == 0 and not whole else 0, end if n == count - 1 and not whole else len(seen[item])
             assert 0 <= lo < hi <= len(seen[item])
             seen[item][lo:hi] += 1
-            taken[-1] += hi - lo
+            taken[-1] += int(hi - lo)
             assert item + p not in written
             assert item + p < shares.slots
             written[item + p] = item
     assert all((n == 1).all() for n in seen)
-    for item, (first, count) in enumerate(np.asarray(of_items)):
+    for item in range(batch * heads):
+        first, count = map(int, shares.of_item(np.int32(item), before))
         assert [written.get(slot) for slot in range(first, first + count)] == [item] * count
+        assert count <= shares.pieces or len(set(tiles)) > 1, "at most so many where items are alike"
         assert count == 1 or not whole
     if not whole:
         assert max(taken) == -(-sum(tiles) * heads // programs)
+
+
+def test_static_shares_are_those_of_the_same_number_of_tiles_found_by_search():
+    for steps, programs in itertools.product((1, 5, 8), (3, 6, 50)):
+        static, traced = Shares(3, 2, programs, steps), Shares(3, 2, programs)
+        before = np.asarray(traced.before(jnp.full(1, steps)))
+        for p in range(programs):
+            np.testing.assert_array_equal(static.of_program(np.int32(p)), traced.of_program(np.int32(p), before))
+        for item in range(6):
+            np.testing.assert_array_equal(static.of_item(np.int32(item)), traced.of_item(np.int32(item), before))
 
 
 def test_a_part_of_a_walk():
@@ -61,6 +77,25 @@ def test_a_part_of_a_walk():
     part = walk.part(1, 4)
     assert [part.tile(i) for i in range(part.steps)] == [walk.tile(i) for i in range(1, 4)]
     assert [part.partial(i) for i in range(part.steps)] == [walk.partial(i) for i in range(1, 4)]
+
+
+# --- configurations
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 128])
+def test_every_configuration_fits_the_shared_memory(rows):
+    for E, Ev in itertools.product(range(16, 257, 16), repeat=2):
+        config = decode_config(rows=rows, head_dim=E, value_head_dim=Ev)
+        assert shared_bytes(config, E, Ev) <= SHARED_MEMORY, (E, Ev)
+        assert Ev % config.out_columns(E, Ev) == 0
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("E", "Ev", "group"), [(64, 160, 2), (256, 256, 128), (16, 240, 64), (208, 144, 65)])
+def test_odd_head_dims_lower_for_cuda_which_counts_the_shared_memory(E, Ev, group):
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, group, 1, E), (1, 1, 320, E), (1, 1, 320, Ev)))
+    call = functools.partial(flash_decode.decode, layout="BHLE", scale=0.1)
+    jax.jit(call).trace(q, k, v).lower(lowering_platforms=("cuda",))
 
 
 # --- the kernels
@@ -115,6 +150,7 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
 
 
 STOPS, STARTS = [300, 70, 0], [0, 40, 0]
+ODD = [0, 1, 129, 0, 0, 64, 65, 191]
 LEFT_PADDED = KeyLengths(jnp.array(STOPS), jnp.array(STARTS))
 CASES = {
     "one query, groups of 7": lambda: (make(1, 320, B=2, Hq=7, Hk=1, E=64), {}),
@@ -130,6 +166,15 @@ CASES = {
     "a window at traced places, 4 queries": lambda: (
         make(4, 320, B=2, Hq=2, Hk=1, E=64, keep=band(4, 320, 100, 0, np.array([290, 60]))),
         {"mask": sliding_window(100, 0, jnp.array([290, 60]))},
+    ),
+    "one sequence of an odd length": lambda: (
+        make(1, 320, B=1, Hq=2, Hk=2, E=16, keep=lengths(1, 320, [257])), {"mask": KeyLengths(jnp.array([257]))}
+    ),
+    "two sequences, one of a single key": lambda: (
+        make(1, 320, B=2, Hq=1, Hk=1, E=16, keep=lengths(1, 320, [1, 319])), {"mask": KeyLengths(jnp.array([1, 319]))}
+    ),
+    "eight sequences of 0, 1 and odd lengths": lambda: (
+        make(1, 192, B=8, Hq=2, Hk=1, E=16, keep=lengths(1, 192, ODD)), {"mask": KeyLengths(jnp.array(ODD)), "poison": [(0, n) for n in ODD]}
     ),
     "softcap, sinks, negative scale": lambda: (
         make(2, 264, B=1, Hq=4, Hk=2, E=64, softcap=3.0, scale=-0.3, sinks=np.array([0.5, -np.inf, 2.0, 40.0])), {}
@@ -159,6 +204,7 @@ def test_the_interpreted_kernels_give_the_oracles_numbers(name):
     check(problem, on_kernel(problem, **options))
 
 
+MIXED = np.minimum(np.random.default_rng(3).integers(0, 2048, 130), 1024).tolist()
 ON_A_GPU = {
     **CASES,
     "long, groups of 7": lambda: (make(1, 8192, B=3, Hq=14, Hk=2, E=128), {}),
@@ -172,6 +218,10 @@ ON_A_GPU = {
         {"mask": KeyLengths(jnp.array([2048, 100, 1025, 0])), "page": 128, "poison": [(0, n) for n in (2048, 100, 1025, 0)]},
     ),
     "64 sequences": lambda: (make(1, 512, B=64, Hq=4, Hk=2, E=64), {}),
+    "130 sequences of mixed lengths": lambda: (
+        make(1, 1024, B=130, Hq=4, Hk=2, E=64, keep=lengths(1, 1024, MIXED)), {"mask": KeyLengths(jnp.array(MIXED))}
+    ),
+    "one sequence in many pieces": lambda: (make(1, 32768, B=1, Hq=4, Hk=4, E=128), {}),
 }  # fmt: skip
 
 
@@ -199,9 +249,8 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
 @needs_mosaic
 @pytest.mark.parametrize("options", [{}, {"key_lengths": True}])
-def test_a_decode_lowers_for_cuda_through_the_public_function(options, monkeypatch):
-    """One query to a long cache takes the decode kernels, where they are enabled."""
-    monkeypatch.setattr(flash_decode, "ENABLED", True)
+def test_a_decode_lowers_for_cuda_through_the_public_function(options):
+    """One query to a long cache takes the decode kernels."""
     q, k, n = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
         ((2, 8, 1, 128), jnp.bfloat16), ((2, 2, 1024, 128), jnp.bfloat16), ((2,), jnp.int32)
     ))  # fmt: skip

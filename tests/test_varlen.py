@@ -15,8 +15,10 @@ from jax_sdpa.attention.bias import Packed
 from jax_sdpa.attention.varlen import AuxRequest, varlen_attn
 from jax_sdpa.device import assume_device
 from jax_sdpa.errors import NoViableBackendError
-from pallas_kernels import visits
+from jax_sdpa.implementations.flash import Flash
+from pallas_kernels import decode_tuning, visits
 
+needs_mosaic = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
 LSE = AuxRequest(lse=True)
 shape = jax.ShapeDtypeStruct
 
@@ -302,12 +304,19 @@ def test_explain():
     choice = explain(q, k, k, cu, cu, 64, 64, enable_gqa=True, call=varlen_attn, device="cuda:sm90")
     assert (choice.backend is SDPBackend.FLASH_ATTENTION) == (compat.JAX_VERSION >= (0, 11, 2))
     pool, used, table = shape((8, 16, 2, 64), jnp.bfloat16), shape((2,), jnp.int32), shape((2, 3), jnp.int32)
-    paged = explain(q, pool, pool, cu, None, 1, 48, enable_gqa=True, seqused_k=used, block_table=table, call=varlen_attn)
-    assert "Pages are gathered by XLA" in str(paged)
-    assert "Inference only" in str(paged)
+    for device, pages in (("cpu", 30), ("cuda:sm90", 30), ("cuda:sm90", 3)):
+        table = shape((2, pages), jnp.int32)
+        choice = explain(
+            q, pool, pool, cu, None, 1, 48, enable_gqa=True, seqused_k=used, block_table=table, call=varlen_attn, device=device
+        )  # fmt: skip
+        reads = choice.backend is SDPBackend.FLASH_ATTENTION and pages == 30
+        assert ("Pages are gathered by XLA" in str(choice)) != reads
+        assert ("Pages are read where they lie" in str(choice)) == reads
+        assert "Gradients" not in str(choice.notes)
+        assert "Inference only" in str(choice)
 
 
-@pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic and the kernels need jax 0.11.2")
+@needs_mosaic
 def test_calls_lower_for_a_hopper_that_is_not_here(x64):
     """Packed: one kernel forward, two more for the gradients; pages: gathered, and the forward's kernel."""
     q, k, cu = shape((200, 4, 72), jnp.bfloat16), shape((200, 2, 72), jnp.bfloat16), shape((4,), jnp.int32)
@@ -381,13 +390,202 @@ def test_errors(name):
         call(**changes)
 
 
-def test_the_promise_of_the_same_bits_in_any_batch_is_refused_by_every_backend():
+# --- the kernels: pages where they lie, and the same bits in any batch
+
+
+def paged(sizes, used, page, most, window, dtype=jnp.bfloat16, **heads):
+    """(problem, the arguments and the keywords of its call on pages in a random order), with NaN in rows that nobody may see, and any
+    number behind the pages that are used."""
+    rng, N, cache = np.random.default_rng(1), len(used), page * most
+    cu_q, total = boundaries(sizes), int(np.sum(sizes))
+    keep = packed(total, N * cache, np.asarray(cu_q), np.arange(N + 1) * cache, *window, None, np.asarray(used))
+    problem = make(total, N * cache, B=1, keep=keep, **heads).rounded(dtype)
+    q, *pools = (x.astype(dtype) for x in tokens(problem))
+    order, hidden = rng.permutation(N * most), np.concatenate([np.arange(cache) >= n for n in used])
+    pools = [jnp.where(hidden[:, None, None], jnp.nan, x).reshape(N * most, page, *x.shape[1:])[order] for x in pools]
+    table = np.argsort(order).reshape(N, most)
+    for n, row in zip(used, table, strict=True):
+        row[-(-n // page) :] = rng.integers(-9, 9999, most - -(-n // page))
+    args = q, *pools, cu_q, None, int(max(sizes)), cache
+    return problem, args, {
+        "window_size": window, "enable_gqa": True, "seqused_k": jnp.asarray(used), "block_table": jnp.asarray(table), "return_aux": LSE,
+    }  # fmt: skip
+
+
+def alone(n, args, options):
+    """The call of sequence n by itself: with its own longest queries, and no more pages than it has."""
+    q, k, v, cu_q, _, _, _ = args
+    start, stop, used, page = int(cu_q[n]), int(cu_q[n + 1]), options["seqused_k"][n : n + 1], k.shape[1]
+    table = options["block_table"][n : n + 1, : -(-int(used[0]) // page)]
+    own = q[start:stop], k, v, jnp.array([0, stop - start]), None, stop - start, int(used[0])
+    return own, {**options, "seqused_k": used, "block_table": table}
+
+
+def interpreted(*args, **options):
+    """`varlen_attn` by `Flash` in Mosaic's interpreter, and whether it read the pages where they lie."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    flash = Flash(interpret=plgpu.InterpretGPUParams(detect_races=True))
+    request, restore = check_varlen.varlen_request(*args, **options)
+    assert not (options.get("num_splits") and flash.against_batch_invariance(request))
+    takes = flash.takes_pages(request)
+    return restore(*jax.jit(flash.run)(request if takes else request.gathered())), takes
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """The interpreter's time is that of all programs, idle or not."""
+    monkeypatch.setattr(decode_tuning, "SMS", 5)
+
+
+PAGES = {
+    "one query, pages of 16": lambda: paged([1, 1, 0, 1], [257, 0, 64, 1], 16, 17, (-1, 0), Hq=4, Hk=2, E=16),
+    "three queries, a window, pages of 8": lambda: paged([3, 1, 2], [270, 33, 1], 8, 35, (40, 0), Hq=2, Hk=1, E=16),
+    "pages of 12 are gathered": lambda: paged([1, 1], [250, 13], 12, 22, (20, 0), Hq=2, Hk=1, E=16),
+}
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("name", [*list(PAGES)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(PAGES)[2:])])
+def test_decode_steps_on_pages_interpreted(name):
+    problem, args, options = PAGES[name]()
+    got, takes = interpreted(*args, **options)
+    assert takes == ("gathered" not in name)
+    check(problem, as_problem(*got), names=("out", "lse"))
+
+
+INVARIANT = {
+    "pages of 16": lambda: paged([1, 2], [70, 130], 16, 20, (-1, 0), Hq=2, Hk=1, E=16),
+    "a window": lambda: paged([2, 1, 3], [200, 65, 3], 8, 26, (30, 0), Hq=2, Hk=1, E=16),
+}
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(("name", "ns"), [("pages of 16", [1]), pytest.param("a window", [0, 1, 2], marks=pytest.mark.slow)])
+def test_the_same_bits_alone_and_in_a_batch_interpreted(name, ns):
+    """Of whatever other lengths: alone, a sequence has fewer pages and a smaller max_q, and keys that fill a single tile."""
+    problem, args, options = INVARIANT[name]()
+    options["num_splits"] = 1
+    (out, lse), _ = interpreted(*args, **options)
+    check(problem, as_problem(out, lse), names=("out", "lse"))
+    for n in ns:
+        own_args, own_options = alone(n, args, options)
+        (own, own_lse), _ = interpreted(*own_args, **own_options)
+        tokens_of = slice(int(args[3][n]), int(args[3][n + 1]))
+        np.testing.assert_array_equal(np.asarray(own, np.float32), np.asarray(out[tokens_of], np.float32))
+        np.testing.assert_array_equal(own_lse, lse[:, tokens_of])
+
+
+LONG = {
+    "64 sequences, pages of 16": lambda: paged([1] * 64, np.random.default_rng(0).integers(0, 1500, 64), 16, 100, (-1, 0), Hq=14, Hk=2, E=128),
+    "four queries, a window, pages of 128": lambda: paged([4, 1, 0, 3], [2048, 1000, 7, 129], 128, 16, (500, 0), Hq=8, Hk=2, E=64),
+    "pages of 8, odd head dims": lambda: paged([1, 2, 1], [999, 0, 1], 8, 125, (-1, -1), Hq=4, Hk=4, E=40),
+}  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [None, 1])
+@pytest.mark.parametrize("name", LONG)
+def test_decode_steps_on_pages_and_the_same_bits_in_any_batch(name, num_splits):
+    """Through the public function; with num_splits=1 the sequences alone too."""
+    problem, args, options = LONG[name]()
+    run = jax.jit(varlen_attn, static_argnames=("max_q", "max_k", "window_size", "enable_gqa", "return_aux", "num_splits"))
+    names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+
+    def given(args, options):
+        return run(**dict(zip(names, args, strict=True)), **options, num_splits=num_splits)
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out, lse = given(args, options)
+        check(problem, as_problem(out, lse), names=("out", "lse"))
+        for n in range(min(5, len(args[3]) - 1)) if num_splits else ():
+            if args[3][n] == args[3][n + 1] or options["seqused_k"][n] == 0:
+                continue
+            own_args, own_options = alone(n, args, options)
+            own, own_lse = given(own_args, own_options)
+            tokens_of = slice(int(args[3][n]), int(args[3][n + 1]))
+            np.testing.assert_array_equal(np.asarray(own, np.float32), np.asarray(out[tokens_of], np.float32))
+            np.testing.assert_array_equal(own_lse, lse[:, tokens_of])
+
+
+@needs_mosaic
+def test_pages_lower_for_a_hopper_that_is_not_here_without_a_gather_of_them(x64):
+    """Read where they lie by the decode kernels; mapped over as they are, with a pool for each entry gathered; vmap or not."""
+    q, pool, cu = shape((3, 4, 64), jnp.bfloat16), shape((50, 16, 2, 64), jnp.bfloat16), shape((4,), jnp.int32)
+    used, table = shape((3,), jnp.int32), shape((3, 20), jnp.int32)
+
+    def call(q, pool, cu, used, table):
+        return varlen_attn(q, pool, pool, cu, None, 1, 320, window_size=(30, 0), enable_gqa=True, seqused_k=used, block_table=table)
+
+    def twice(x):
+        return shape((2, *x.shape), x.dtype)
+
+    def lowered(f, *args):
+        with assume_device("cuda:sm90"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lowered(call, q, pool, cu, used, table)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    assert "tensor<3x320x2x64xbf16>" not in text
+    text = lowered(jax.vmap(call, (0, None, 0, 0, None)), twice(q), pool, twice(cu), twice(used), table)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    assert "320x2x64xbf16>" not in text
+    text = lowered(jax.vmap(call), *map(twice, (q, pool, cu, used, table)))
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    assert "320x2x64xbf16>" in text
+
+
+@pytest.mark.parametrize(
+    "mapped", [(0, None, 0, 0, None), (None, None, None, None, 0), (0, 0, None, 0, 0), (None, 0, None, None, None)]
+)
+def test_pages_under_vmap(mapped, backend):
+    """Whatever is mapped: queries and tables share a pool, or each has its own."""
+    q, pool = jax.random.normal(jax.random.key(0), (2, 3, 4, 8)), jax.random.normal(jax.random.key(1), (2, 5, 8, 2, 8))
+    args = (
+        q, pool, jnp.array([[0, 1, 3], [0, 2, 3]]), jnp.array([[9, 16], [1, 0]]), jnp.array([[[4, 0], [1, 3]], [[2, 2], [77, -5]]])
+    )  # fmt: skip
+    args = tuple(x if dim == 0 else x[0] for x, dim in zip(args, mapped, strict=True))
+
+    def call(q, pool, cu, used, table):
+        return varlen_attn(q, pool, 2 * pool, cu, None, 2, 16, enable_gqa=True, seqused_k=used, block_table=table, return_aux=LSE)
+
+    with sdpa_kernel(backend):
+        got = jax.jit(jax.vmap(call, mapped))(*args)
+        for i in range(2):
+            alone = call(*(x[i] if dim == 0 else x for x, dim in zip(args, mapped, strict=True)))
+            jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, atol=3e-6), got, alone)
+
+
+def test_the_promise_of_the_same_bits_in_any_batch_is_refused_where_nobody_keeps_it():
     with pytest.warns(UserWarning, match="num_splits=1"), pytest.raises(NoViableBackendError, match="is not supported yet"):
         call(num_splits=1)
     choice = explain(*[QUERY] * 3, CU, CU, 4, 4, num_splits=1, call=varlen_attn, device="cpu")
     assert choice.backend is None
-    assert all(
-        "num_splits=1, the same bits for a sequence in any batch, is not supported yet." in x for x in choice.rejected.values()
+    sentence = "num_splits=1, the same bits for a sequence in any batch, is not supported yet."
+    flash = choice.rejected.pop(SDPBackend.FLASH_ATTENTION)
+    assert any("tiles of packed keys begin where the batch does" in reason for reason in flash)
+    assert all(sentence in reasons for reasons in choice.rejected.values())
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("max_q", "heads", "why_not"),
+    [(1, 4, None), (16, 4, None), (17, 4, "Got 17 and 34"), (4, 80, "128 with the heads of a group. Got 4 and 160"), (1, 40, None)],
+)
+def test_the_decode_kernels_keep_that_promise_on_pages(max_q, heads, why_not):
+    """However few keys there are, for that is what others in the batch have."""
+    q, pool = shape((34, heads, 64), jnp.bfloat16), shape((8, 4, 2, 64), jnp.bfloat16)
+    cu, used, table = shape((3,), jnp.int32), shape((2,), jnp.int32), shape((2, 3), jnp.int32)
+    choice = explain(
+        q, pool, pool, cu, None, max_q, 12, enable_gqa=True, seqused_k=used, block_table=table, num_splits=1, call=varlen_attn,
+        device="cuda:sm90",
+    )  # fmt: skip
+    assert choice.backend is (None if why_not else SDPBackend.FLASH_ATTENTION)
+    assert (why_not or "one sequence after another") in " ".join(
+        choice.rejected[SDPBackend.FLASH_ATTENTION] if why_not else choice.notes
     )
 
 

@@ -74,7 +74,8 @@ def varlen_attn(
         block_table: integer (N, max_pages), with `seqused_k`: key j of sequence n is row j % page of page
             block_table[n, j // page]. Entries behind the pages that are used may be anything. Inference only.
         num_splits: None, or an int >= 1: how often a sequence's keys may be split. 1 asks for the same bits for a sequence alone
-            and in any batch, which no backend gives yet: all of them refuse. Other numbers are hints, which nothing here needs.
+            and in any batch: FLASH keeps that with a `block_table` and max_q of at most 16, max_q * Hq / H of at most 128; all
+            else is refused. Other numbers are hints, which nothing here needs.
 
     All arrays may be traced: other boundaries, lengths or pages are other numbers of the same program, and compile nothing.
 
@@ -84,11 +85,13 @@ def varlen_attn(
 
     Raises:
         TypeError: dtypes and types. ValueError: shapes, ranges, conflicts; `seqused_k` or `block_table` under differentiation.
-        NoViableBackendError: no backend that is allowed can run the call, such as with `num_splits=1` today.
+        NoViableBackendError: no backend that is allowed can run the call, or keep what `num_splits=1` asks for.
 
     Differentiable in query, key, value and an array scale. What no query sees may hold anything, NaN included.
 
-    Pages are gathered by XLA into (N, max_pages * page, H, D), a copy of the sequences' own cache, before the attention.
+    FLASH reads the pages of a decode step where they lie: max_q of at most 16, max_q * Hq / H of at most 128, max_pages * page of
+    at least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16. Otherwise, and on the other backends, XLA gathers them
+    into (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
 
     Source: torch.nn.attention.varlen.varlen_attn, torch 2.13. Differs: runs on every backend and device; the head dim of values may
     be another; lse is (Hq, T_q), as torch's kernels return it (its docstring has it transposed); no `varlen_attn_out`.
@@ -115,12 +118,7 @@ def varlen_attn(
 
 
 def _notes(*args: Any, **kwargs: Any) -> tuple[str, ...]:
-    notes = []
-    if kwargs.get("block_table") is not None:
-        notes.append("Pages are gathered by XLA into each sequence's own keys first: a copy of max_pages * page keys a sequence.")
-    if kwargs.get("seqused_k") is not None:
-        notes.append("Inference only: with seqused_k or block_table there is no derivative.")
-    return tuple(notes)
+    return ("Inference only: with seqused_k or block_table there is no derivative.",) if kwargs.get("seqused_k") is not None else ()
 
 
 functional.explains(varlen_attn, varlen_request, _notes)

@@ -25,8 +25,12 @@ class Implementation:
         """Every reason, in plain sentences, why this backend can't run the request on the device; reads shapes and dtypes only."""
         raise NotImplementedError
 
-    def is_batch_invariant(self, request: SdpaRequest) -> bool:
-        """Whether a sequence of the request gets the same bits alone and in any batch."""
+    def against_batch_invariance(self, request: SdpaRequest) -> list[str]:
+        """Every reason why a sequence of the request may not get the same bits alone and in any batch."""
+        return ["num_splits=1, the same bits for a sequence in any batch, is not supported yet."]
+
+    def takes_pages(self, request: SdpaRequest) -> bool:
+        """Whether `run` reads the pages of a request that has some where they lie; else it is given the request `gathered`."""
         return False
 
     def for_device(self, device: Device) -> Implementation:

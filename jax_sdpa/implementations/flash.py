@@ -64,24 +64,27 @@ class Flash(Implementation):
         return reasons
 
     def notes(self, request: SdpaRequest, device: Device) -> tuple[str, ...]:
-        names = flash_attention.padding(
-            request.query_len, request.key_len, request.head_dim, request.value_head_dim, dense.tile_bytes(request.bias)
-        )  # fmt: skip
-        wrt = request.spec.wrt
+        decodes, sizes, wrt = _is_decode(request), (request.key_len, request.head_dim, request.value_head_dim), request.spec.wrt
+        if decodes:
+            names = () if self.takes_pages(request) else flash_decode.padding(*sizes)
+        else:
+            names = flash_attention.padding(request.query_len, *sizes, dense.tile_bytes(request.bias))
         reasons = _against_kernels(request, wrt or tuple(name for name in ("bias", "scale") if getattr(request, name) is not None))
+        notes = []
         if wrt and reasons:
             notes = [f"Gradients run the XLA implementation, all of them, from the saved lse: {' '.join(reasons)}"]
-        else:
+        elif request.pages is None:  # those are for inference
             notes = ["Gradients run the kernels; forward mode and second derivatives the XLA implementation, from the saved lse."]
             if reasons:
                 notes += [f"All gradients of a call run the XLA implementation if one of them is not here: {' '.join(reasons)}"]
-        if _is_decode(request):
-            notes.append("The decode kernels run it: keys are read once for a group's heads, shared out over the chip.")
+        if decodes:
+            shared = "one sequence after another" if request.spec.batch_invariant else "shared out over the chip"
+            notes.append(f"The decode kernels run it: keys are read once for a group's heads, {shared}.")
         if names:
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
         if _copies_values(request):
             notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
-        if not (wrt and reasons):
+        if request.pages is None and not (wrt and reasons):
             if _may_hide(request) or _may_be_empty(request):
                 notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
             if dense.tile_bytes(request.bias):
@@ -95,13 +98,41 @@ class Flash(Implementation):
                 )
         return tuple(notes)
 
+    def against_batch_invariance(self, request: SdpaRequest) -> list[str]:
+        """Of the kernels, those for a decode keep it.
+
+        They read a sequence's tiles whole, in one order, counted from its own first key, from the first one that its first query
+        sees to its last key. How a tile is cut and added up hangs on the head dims alone, not on the batch, nor on how many queries
+        or pages the others have: a row of a product is none of the other rows' business, and a tile that is masked without need
+        keeps its scores. Nor may the choice of these kernels hang on the others' keys (`_is_decode`); where it would on their
+        queries, the call is refused.
+        """
+        if symbolic_sizes(request):
+            return []  # refused for that
+        if has_ids(request.mask):
+            return ["num_splits=1: tiles of packed keys begin where the batch does, so a sequence's bits hang on the others."]
+        if not _is_decode(request):
+            most = f"at most {flash_decode.QUERIES} queries a sequence, {flash_decode.ROWS} with the heads of a group"
+            got = f"{request.query_len} and {request.group * request.query_len}"
+            return [f"num_splits=1, the same bits for a sequence in any batch, is kept by the decode kernels: {most}. Got {got}."]
+        return []
+
+    def takes_pages(self, request: SdpaRequest) -> bool:
+        if request.pages is None or symbolic_sizes(request) or compat.is_symbolic(request.key.shape[0]):
+            return False
+        pages, page, _, E = request.key.shape
+        return _is_decode(request) and flash_decode.takes_pages(
+            pages=pages, page=page, head_dim=E, value_head_dim=request.value_head_dim
+        )
+
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
         if _is_decode(request):
             return flash_decode.decode(
                 request.query, request.key, request.value, layout=spec.layout,
                 scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
-                mask=request.mask if request.masks else None, sinks=request.sinks, interpret=self.interpret,
+                mask=request.mask if request.masks else None, sinks=request.sinks, pages=request.pages,
+                whole=spec.batch_invariant, interpret=self.interpret,
             )  # fmt: skip
         value = scores.seen_only(request, request.value) if _copies_values(request) else request.value
         return flash_attention.forward(
@@ -160,10 +191,11 @@ def _adds_in_any_order(request: SdpaRequest, device: Device) -> bool:
 
 
 def _is_decode(request: SdpaRequest) -> bool:
-    """Whether the decode kernels run it: few queries, many keys."""
-    return flash_decode.ENABLED and flash_decode.takes(
+    """Whether the decode kernels run it: few queries, many keys; any number of them if it must not hang on the batch."""
+    return flash_decode.takes(
         query_len=request.query_len, key_len=request.key_len, group=request.group, has_ids=has_ids(request.mask),
         dense=request.bias is not None or request.keep_mask is not None, drops=request.dropout_seeds is not None,
+        whole=request.spec.batch_invariant,
     )  # fmt: skip
 
 
