@@ -1,6 +1,6 @@
 """`python -m benchmarks.multi_gpu`: forward and backward over several devices against one of them; JSON to a path.
 
-python -m benchmarks.multi_gpu --save PATH [--devices 2] [--length 65536] [--batch-length 8192] [--heads 16] [--head-dim 128]
+python -m benchmarks.multi_gpu --save PATH [--only batch] [--devices 2] [--length 65536] [--batch-length 8192] [--head-dim 128]
 
 Ring attention (causal, zig-zag and in order), all-to-all, and batch sharding; wall-clock medians, calls taking turns. Correctness
 comes first: each way against float32 on one device, beside what one device's own call makes of the same halves; nothing is timed
@@ -116,6 +116,7 @@ def measure(mesh: Mesh, name: str, arrays: list[jax.Array], seconds: float) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=pathlib.Path, required=True, help="where the JSON goes")
+    parser.add_argument("--only", default="", help="ways whose name contains this")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--length", type=int, default=65536, help="of the ring and the all-to-all")
     parser.add_argument("--batch-length", type=int, default=8192, help="of the batch, which has 4 entries a device")
@@ -134,7 +135,7 @@ def main() -> None:
     wrong = errors(mesh, operands(args.devices, args.heads, min(args.length, 4096), args.head_dim, args.dtype))
     print("errors", json.dumps(wrong), flush=True)
     rows = []
-    for name in ways(mesh):
+    for name in (name for name in ways(mesh) if args.only in name):
         batch, length = (4 * args.devices, args.batch_length) if name == "batch" else (1, args.length)
         rows.append(measure(mesh, name, operands(batch, args.heads, length, args.head_dim, args.dtype), args.seconds))
         print(json.dumps(rows[-1]), flush=True)

@@ -6,7 +6,8 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
 The fused kernel adds to dq in any order, so it is chosen only where it is over 10 % faster than the pair. Pair / fused, TFLOP/s:
-D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291. D128 L16384 571 / 527, causal 526 / 553.
+D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291; L4096 causal 360 / 420, with dropout 227 /
+242 (H200), dropout alone 273 / 356. D128 L16384 571 / 527, causal 526 / 553.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def backward_config(
         dq = dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
-        fused = None if deterministic or several else WalkConfig(block_k=128, half=True)
+        short = seen <= (512 if not sloped else SHORT if drops else 2048)
+        fused = None if deterministic or short else WalkConfig(block_k=128, half=True)
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
