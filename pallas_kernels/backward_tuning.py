@@ -6,8 +6,8 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
 The fused kernel adds to dq in any order, so it is chosen only where it is over 10 % faster than the pair. Pair / fused, TFLOP/s:
-D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291; L4096 causal 360 / 420, with dropout 227 /
-242 (H200), dropout alone 273 / 356. D128 L16384 571 / 527, causal 526 / 553.
+D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291; L4096 causal 360 / 420, with dropout
+227 / 242 (H200), dropout alone 273 / 356. D128 L16384 571 / 527, causal 526 / 553.
 """
 
 from __future__ import annotations
