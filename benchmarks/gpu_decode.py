@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import saved
 from benchmarks.gpu import device_time
-from benchmarks.run import RESULTS
 from jax_sdpa.attention.bias import KeyLengths
 from pallas_kernels import flash_decode
 from pallas_kernels.contracts import DecodeConfig
@@ -169,24 +167,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", action="store_true")
-    parser.add_argument("--save", default=None, help="write benchmarks/results/NAME.json, or to this path if it has a slash")
+    parser.add_argument("--save", default=None, help=saved.HELP)
     args = parser.parse_args(argv)
 
     import torch
 
-    machine = {
-        "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "jax": jax.__version__,
-        "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
-    }  # fmt: skip
+    machine = saved.machine(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version())
     print(machine, flush=True)
     rows = []
     for case in CASES:
         if args.only in case.name:
             rows.append(measure(case, args.rounds, args.variants))
             if args.save:
-                path = args.save if "/" in args.save else RESULTS / f"{args.save}.json"
-                with open(path, "w") as file:
-                    json.dump({"machine": machine, "rows": rows}, file, indent=1)
+                saved.save(args.save, machine, rows=rows)
     return 0
 
 

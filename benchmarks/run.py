@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks import peers, saved, timing
 from benchmarks.cases import CPU_CASES, CPU_DTYPES
-from benchmarks.saved import RESULTS as RESULTS  # `benchmarks.gpu_decode` has it from here
 from jax_sdpa.attention import SDPBackend
 
 

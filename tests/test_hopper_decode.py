@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import make
+from harness import assert_same_bits, make, poisoned
 from oracle import band, check, lengths
 
 import jax_sdpa
@@ -111,10 +111,7 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
     from pallas_kernels.contracts import DecodeConfig
     from pallas_kernels.flash_decode import decode
 
-    for b, (start, stop) in enumerate(poison or ()):
-        hidden = np.r_[:start, stop : problem.key.shape[2]]
-        problem = problem.but(key=problem.key.copy(), value=problem.value.copy())
-        problem.key[b, :, hidden], problem.value[b, :, hidden] = np.nan, np.nan
+    problem = poisoned(problem, poison)
     B, H, S, E = problem.key.shape
     mask = None if mask is None else mask.with_batch((B,))
     q, k, v = (jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value))
@@ -133,7 +130,6 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
     sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
     scale = problem.scale if isinstance(problem.scale, np.ndarray) else float(E**-0.5 if problem.scale is None else problem.scale)
 
-    @jax.jit
     def run(q, k, v, mask, sinks, pages):
         return decode(
             q, k, v, layout=layout, scale=jnp.asarray(scale, jnp.float32)[None] if isinstance(scale, np.ndarray) else scale,
@@ -141,11 +137,7 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
             interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         )  # fmt: skip
 
-    out, lse = run(q, k, v, mask, sinks, pages)
-    for _ in range(times - 1):
-        again = run(q, k, v, mask, sinks, pages)
-        for x, y in zip((out, lse), again, strict=True):
-            np.testing.assert_array_equal(np.asarray(y).view(np.uint8), np.asarray(x).view(np.uint8))
+    out, lse = assert_same_bits(run, (q, k, v, mask, sinks, pages), times - 1)
     return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
 
 
