@@ -171,7 +171,7 @@ assert not OWN.keys() & set(TAKEN), "one of the two would not run"
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONGEST or name in TAKEN and name not in QUICK else []) for name in CASES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONGEST or (name in TAKEN and name not in QUICK) else []) for name in CASES]
 )  # fmt: skip
 def test_the_interpreted_kernels_give_the_oracles_gradients(name):
     problem, options = CASES[name]()
