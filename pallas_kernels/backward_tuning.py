@@ -5,7 +5,7 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233;
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
-The fused kernel adds to dq in any order, so it is chosen only where it is over 10 % faster than the pair. Pair / fused, TFLOP/s:
+The fused kernel adds to dq in any order, so it is chosen only where it was over 10 % faster than the pair. Pair / fused, TFLOP/s:
 D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291; L4096 causal 360 / 420, with dropout
 227 / 242 (H200), dropout alone 273 / 356. D128 L16384 571 / 527, causal 526 / 553.
 """
@@ -22,12 +22,13 @@ from pallas_kernels.visits import cdiv
 
 def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
-    sloped: bool = False, seen: float | None = None, drops: bool = False, bias_bytes: int = 0, deterministic: bool = True,
+    sloped: bool = False, seen: float | None = None, drops: bool = False, biased: bool = False, bias_bytes: int = 0,
+    deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s. deterministic: the same bits each time, so not the fused
-    kernel.
+    masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s; biased: there is a bias of any size. deterministic: the
+    same bits each time, so not the fused kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv is None
     True
@@ -42,8 +43,8 @@ def backward_config(
         dq = dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
-        short = seen <= (512 if not sloped else SHORT if drops else 2048)
-        fused = None if deterministic or short else WalkConfig(block_k=128, half=True)
+        if not deterministic and head_dim > 48 and min(query_len, seen) >= 2048 and not (sloped and drops):
+            fused = WalkConfig(block_k=128, half=True)
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
@@ -60,7 +61,7 @@ def backward_config(
         items = {"dq": heads * cdiv(query_len, dq.rows)}
         items |= {name: heads // group * one.split * cdiv(key_len, one.rows) for name, one in own.items() if one and name != "dq"}
         own |= {name: dataclasses.replace(own[name], row_tiles=cdiv(n, tuning.SMS)) for name, n in items.items()}
-    dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "bias_bytes": bias_bytes}
+    dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "biased": biased, "bias_bytes": bias_bytes}
     found = {name: one and fitted(name, one, **dims) for name, one in {**own, "fused": fused}.items()}
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
@@ -98,9 +99,15 @@ def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig:
     return tuning.fitted(config, LESS, lambda config: shared_bytes(kernel, config, **facts))
 
 
+def whole(size: int) -> int:
+    """Mosaic begins each array in shared memory at a multiple of 1024 bytes."""
+    return cdiv(size, 1024) * 1024
+
+
 def shared_bytes(
-    kernel: str, config: WalkConfig, *, head_dim: int, value_head_dim: int, drops: bool = False, bias_bytes: int = 0
-) -> int:
+    kernel: str, config: WalkConfig, *, head_dim: int, value_head_dim: int, drops: bool = False, biased: bool = False,
+    bias_bytes: int = 0,
+) -> int:  # fmt: skip
     """Of a program of 'dq', 'dkv', 'dk', 'dv' or 'fused': its rows, tiles of columns, and what comes with each query."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
     ring = config.bias_stages * config.rows * config.block_k * bias_bytes
@@ -112,7 +119,9 @@ def shared_bytes(
     q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
     own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
     tiles = config.block_k * (q_stages * E + (config.stages if kernel == "fused" else config.brief_stages) * Ev)
-    numbers = 4 * q_stages * config.block_k * ((3 if bias_bytes else 2) + (2 if drops else 0))
+    a_query = 4 * q_stages * config.block_k  # bytes of a number for each
+    numbers = whole(a_query * (3 if biased or bias_bytes else 2)) + (whole(2 * a_query) if drops else 0)
+    numbers += whole(4 * config.rows) if biased or bias_bytes else 0  # sums of ds, for the gradient of a bias of keys
     dq = 2 * 2 * config.rows * config.block_k + 4 * config.block_k * E if kernel == "fused" else 0
     results = config.rows * E if config.row_tiles > 1 and kernel != "fused" and E == Ev else 0
     return 2 * (own + tiles + results) + numbers + dq + ring

@@ -172,9 +172,10 @@ class BackwardConfig:
     fused: WalkConfig | None = None
 
     def can_fuse(self, head_dim: int) -> bool:
-        """Whether the tile of dq can be cut into a part for each warpgroup: by rows, or by columns of whole swizzles."""
+        """Whether the tile of dq can be cut into a part for each warpgroup: by rows, or by columns of whole swizzles. Keys narrower
+        than a swizzle have another one than ds, which their product does not take."""
         own = self.fused
-        return own is not None and (own.block_k == own.rows or head_dim % (64 * own.warpgroups) == 0)
+        return own is not None and head_dim % 64 == 0 and (own.block_k == own.rows or head_dim % (64 * own.warpgroups) == 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ def chosen(
     sloped, seen = slope(mask, query_len, key_len)
     return backward_tuning.backward_config(
         query_len=query_len, key_len=key_len, masked=mask is not None or dense_mask, sloped=sloped, seen=seen,
-        bias_bytes=dense.tile_bytes(bias), deterministic=deterministic or bias is not None, **facts,
+        biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic or bias is not None, **facts,
     )  # fmt: skip
 
 

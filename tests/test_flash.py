@@ -409,6 +409,31 @@ def test_what_flash_refuses_and_notes():
 
 
 @needs_mosaic
+@pytest.mark.parametrize(
+    ("E", "Ev", "L", "bias", "p", "kernels"),
+    [
+        (256, 256, 256, (1, 1, 1, 256), 0.0, 4), (176, 224, 256, (1, 1, 256, 1), 0.2, 4), (240, 144, 256, (1, 1, 1, 256), 0.2, 4),
+        (16, 16, 2048, None, 0.0, 3), (48, 64, 2048, None, 0.0, 3), (56, 40, 2048, None, 0.0, 2), (64, 64, 2048, None, 0.2, 2),
+    ],
+)  # fmt: skip
+def test_gradients_lower_where_memory_is_scarce_and_where_tiles_are_narrow(E, Ev, L, bias, p, kernels, monkeypatch):
+    from jax_sdpa.device import assume_device
+
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    q, k, v = (jax.ShapeDtypeStruct((1, 2, L, dim), jnp.bfloat16) for dim in (E, E, Ev))
+    bias = None if bias is None else jax.ShapeDtypeStruct(bias, jnp.float32)
+    drop = {"dropout_p": p, "dropout_rng": jax.random.key(0)} if p else {}
+
+    def loss(q, k, v, bias):
+        return scaled_dot_product_attention(q, k, v, bias, **drop).astype(jnp.float32).sum()
+
+    with assume_device("cuda:sm90"), sdpa_kernel(FLASH):
+        grad = jax.grad(loss, (0, 1, 2) if bias is None else (0, 1, 2, 3))
+        text = jax.jit(grad).trace(q, k, v, bias).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
+
+
+@needs_mosaic
 def test_the_determinism_flag_chooses_the_gradients_kernels(monkeypatch):
     """Head dim 64, long: one kernel that adds to dq in any order; two that give the same bits each time, if XLA is asked for that."""
     from jax_sdpa.device import assume_device

@@ -124,9 +124,10 @@ OWN = {
         make(264, 136, B=1, Hq=2, E=64, keep=band(264, 136, 70, 3, -20)),
         {"mask": sliding_window(70, 3, -20), "config": FUSED_64, "layout": "BLHE"},
     ),
-    "fused, dropout, lengths": lambda: (
+    "fused, dropout, lengths, E 56, Ev 40": lambda: (
         make(
-            136, 200, B=2, Hq=2, E=64, keep=lengths(136, 200, [180, 0]), survivors=dropped(jax.random.key(1), 2, 2, 136, 200, 0.3)
+            136, 200, B=2, Hq=2, E=56, Ev=40, keep=lengths(136, 200, [180, 0]),
+            survivors=dropped(jax.random.key(1), 2, 2, 136, 200, 0.3),
         ),
         {"mask": KeyLengths(jnp.array([180, 0])), "key": jax.random.key(1), "p": 0.3, "config": FUSED_64},
     ),
@@ -227,8 +228,15 @@ def test_every_configuration_fits_the_shared_memory():
 
     for E in range(8, 257, 8):
         for Ev in range(8, 257, 8):
-            for masked, drops, bias_bytes in [(False, False, 0), (True, True, 0), (True, True, 2), (False, False, 4)]:
-                facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops, "bias_bytes": bias_bytes}
+            for masked, drops, bias_bytes in [
+                (False, False, None),
+                (True, True, None),
+                (True, True, 0),
+                (True, True, 2),
+                (False, False, 4),
+            ]:
+                facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops}
+                facts |= {"biased": bias_bytes is not None, "bias_bytes": bias_bytes or 0}
                 lengths = {"heads": 16, "group": 4, "query_len": 512, "key_len": 512}
                 config = backward_tuning.backward_config(**lengths, **facts, masked=masked, deterministic=False)
                 for kernel in ("dq", "dkv", "dk", "dv", "fused"):

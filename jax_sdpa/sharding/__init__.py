@@ -153,7 +153,8 @@ def context_parallel_attention(
     Differentiable any number of times in every operand that the one-device call is differentiable in. The ring has a rule of its
     own, a `custom_vjp` that keeps 1/n of everything, and so refuses forward mode (`jvp`, `jacfwd`); the others have both modes.
     float16 and bfloat16: each part's result is rounded before it is merged in float32. The order of additions is the mesh's: bits
-    differ from one device's, but not from run to run; dropout drops the same weights.
+    differ from one device's, but not from run to run (except where the plan says so of FLASH's gradients); dropout drops the
+    same weights.
 
     Source: torch.distributed.tensor.experimental.context_parallel, torch 2.13, which patches SDPA inside a context and shuffles its
     buffers. Differs: a function, any mask, grouped heads, dropout, gradients of bias and sinks, decode.
