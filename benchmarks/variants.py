@@ -107,6 +107,17 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
         tiled = {f"fused, {name}": own for name, own in several(wide, heads, case.key_len).items()}
         for name, own in {**tiled, "fused, masks all": dataclasses.replace(wide, masks_all=True)}.items():
             found[name] = of(fused=own)
+    precisions = {"half p": True, "float32 p": False}
+    for name, half in precisions.items():
+        for more in ({}, {"masks_all": not base.dq.masks_all}) if case.causal else ({},):
+            own = dataclasses.replace(base.dq, early=True, plain=False, half=half, **more)
+            found[f"dq early, {name}{', all masked' if own.masks_all else ''}"] = of(dq=own)
+    if case.head_dim > 128:
+        for name, half in precisions.items():
+            own = WalkConfig(roles=True, plain=True, half=half)
+            found |= {f"dkv roles, {name}, {n}": of(dkv=one) for n, one in several(own, heads, case.key_len).items()}
+            found[f"dkv roles, {name}, 3 stages"] = of(dkv=dataclasses.replace(own, stages=3))
+            found[f"dkv roles, {name}, all masked"] = of(dkv=dataclasses.replace(own, masks_all=True))
     if case.head_dim == 256:
         found["dq not plain"] = of(dq=WalkConfig(masks_all=True, brief=1))
         found["dq one warpgroup"] = of(dq=WalkConfig(warpgroups=1, masks_all=True))

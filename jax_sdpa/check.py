@@ -11,42 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sdpa import compat, dropout
+from jax_sdpa.check_operands import as_array, operands, scales_of_keys, with_one_batch
 from jax_sdpa.context import DEVICE, KERNEL, TOGGLES, Allowed, SDPBackend, allowed_now
 from jax_sdpa.masks import And, Band, Dense, KeyLengths, Mask, QueryLengths, causal
 from jax_sdpa.request import SdpaRequest, SdpaSpec
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-def as_array(x: Any, name: str) -> jax.Array:
-    """A JAX array for an array-like operand; float64 is never silently halved."""
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        hint = " Convert it first: jnp.asarray(tensor.numpy())." if type(x).__module__.startswith("torch") else ""
-        raise TypeError(f"{name} must be a JAX or NumPy array, got {type(x).__name__}.{hint}")
-    if x.dtype == np.float64 and not compat.x64_enabled():
-        raise TypeError(
-            f"{name} is float64, which JAX would silently turn into float32: call jax.config.update('jax_enable_x64', True), "
-            f"or pass {name}.astype(np.float32)."
-        )
-    return jnp.asarray(x)
-
-
-def operands(query: Any, key: Any, value: Any, least_rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    arrays = as_array(query, "query"), as_array(key, "key"), as_array(value, "value")
-    q, k, v = arrays
-    if not (q.dtype == k.dtype == v.dtype):
-        raise TypeError(
-            "Expected query, key and value to have the same dtype, but got "
-            f"query.dtype: {q.dtype}, key.dtype: {k.dtype} and value.dtype: {v.dtype} instead. Cast them to one."
-        )
-    if q.dtype.name not in DTYPES:
-        raise TypeError(f"Expected query, key and value of dtype {', '.join(DTYPES)}, but got {q.dtype}. Cast them first.")
-    if min(q.ndim, k.ndim, v.ndim) < least_rank:
-        raise ValueError(
-            f"Expected query, key and value to all be at least {least_rank} dimensional, but got query.ndim: {q.ndim}, "
-            f"key.ndim: {k.ndim} and value.ndim: {v.ndim} instead."
-        )
-    return arrays
 
 
 def flag(value: Any, name: str) -> bool:
@@ -128,12 +96,7 @@ def _dense(array: Any, batch: tuple[Any, ...], core: tuple[Any, Any, Any], rank:
             f"got {tuple(array.shape)}.{hint}"
         )
     array = jnp.reshape(array, (1,) * (len(batch) + 3 - array.ndim) + array.shape)
-    own = array.shape[: len(batch)]
-    if len(batch) == 1:
-        return array
-    if all(size == 1 for size in own):
-        return jnp.reshape(array, (1, *array.shape[-3:]))
-    return jnp.reshape(jnp.broadcast_to(array, (*batch, *array.shape[-3:])), (math.prod(batch), *array.shape[-3:]))
+    return with_one_batch(array, batch)
 
 
 def _split_mask(
@@ -197,6 +160,8 @@ def make_request(
     softcap: float | None = None,
     sinks: Any = None,
     returns_lse: bool = False,
+    key_scale: Any = None,
+    value_scale: Any = None,
 ) -> SdpaRequest:
     heads_axis = 1 if layout == "BHLE" else 2
     rank = max(q.ndim, k.ndim, v.ndim)
@@ -223,8 +188,12 @@ def make_request(
         returns_lse=returns_lse,
         device=DEVICE.value,
     )
+    scales: dict[str, Any] = {}
+    if key_scale is not None:
+        own = (("key_scale", key_scale, k.shape[heads], Hk), ("value_scale", value_scale, v.shape[heads], Hv))
+        scales = {name: scales_of_keys(x, name, batch, given, repeated, S) for name, x, given, repeated in own}
     q, k, v = _flat(q, batch, Hq, heads_axis), _flat(k, batch, Hk, heads_axis), _flat(v, batch, Hv, heads_axis)
-    return SdpaRequest(q, k, v, bias, keep_mask, masks, traced_scale, sinks, seeds, spec=spec)
+    return SdpaRequest(q, k, v, bias, keep_mask, masks, traced_scale, sinks, seeds, **scales, spec=spec)
 
 
 def _torch_mask(attn_mask: Any, is_causal: Any) -> Mask | None:
@@ -369,9 +338,11 @@ def jax_request(
     sinks: Any = None,
     dropout_p: Any = 0.0,
     dropout_rng: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
 ) -> tuple[SdpaRequest, tuple[Any, ...]]:
     """The request of JAX's face, and the shape in which its caller expects the output."""
-    q, k, v = operands(query, key, value, least_rank=3)
+    q, k, v = operands(query, key, value, 3, key_scale, value_scale)
     parts: list[Mask] = []
     if bias is not None:
         bias = as_array(bias, "bias")
@@ -401,7 +372,7 @@ def jax_request(
     request = make_request(
         q, k, v, layout="BLHE", enable_gqa=True, mask=And(tuple(parts)) if parts else None, mask_name="mask or bias",
         allowed=_implementation(implementation), scale=scale, dropout_p=dropout_p, dropout_rng=dropout_rng, softcap=softcap,
-        sinks=sinks, returns_lse=flag(return_residual, "return_residual"),
+        sinks=sinks, returns_lse=flag(return_residual, "return_residual"), key_scale=key_scale, value_scale=value_scale,
     )  # fmt: skip
     batch = _broadcast_batch(q, k, v)
     return request, (*batch, request.query_len, request.q_heads, request.value_head_dim)

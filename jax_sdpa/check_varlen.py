@@ -93,9 +93,11 @@ def varlen_request(
     seqused_k: Any = None,
     block_table: Any = None,
     num_splits: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
 ) -> tuple[SdpaRequest, Restore]:
     """The request, and what makes (T_q, Hq, Ev) and (Hq, T_q) of its out and lse."""
-    q, k, v = check.operands(query, key, value, least_rank=3)
+    q, k, v = check.operands(query, key, value, 3, key_scale, value_scale)
     paged = block_table is not None
     kv_rank, kv_legend = (4, "(pages, page, H, D)") if paged else (3, "(T_k, H, D)")
     if q.ndim != 3 or k.ndim != kv_rank or v.ndim != kv_rank:
@@ -126,7 +128,9 @@ def varlen_request(
             raise ValueError("cu_seq_k may be None only where a block_table says which keys are whose; pass the keys' boundaries.")
         cu_k = _integers(cu_seq_k, "cu_seq_k", (N + 1,), f"of shape (N + 1,) = ({N + 1},)")
         mask: Mask = Packed(cu_q, cu_k, left, right, used_k=used)
-        request = check.make_request(q[None], k[None], v[None], mask=mask, **common)
+        request = check.make_request(
+            q[None], k[None], v[None], mask=mask, key_scale=key_scale, value_scale=value_scale, **common
+        )  # fmt: skip
         return request.with_spec(longest_query=max_q, batch_invariant=invariant), lambda out, lse: (out[0], lse[0])
 
     if used is None:
@@ -138,7 +142,11 @@ def varlen_request(
     mask = _mask_of_pages(cu_q[1:] - cu_q[:-1], used, cache, left, right, max_q)
     rows = taken(q, cu_q[:-1, None] + jnp.arange(max_q, dtype=jnp.int32)[None])
     own: Any = (jax.ShapeDtypeStruct((N, cache, *pool.shape[2:]), pool.dtype) for pool in (k, v))  # what the pages stand for
-    request = dataclasses.replace(check.make_request(rows, *own, mask=mask, **common), key=k, value=v, pages=table)
+    pools: dict[str, Any] = {"key": k, "value": v, "pages": table}
+    if key_scale is not None:
+        for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+            pools[name] = check.scales_of_keys(scale, name, k.shape[:1], k.shape[2], k.shape[2], k.shape[1])
+    request = dataclasses.replace(check.make_request(rows, *own, mask=mask, **common), **pools)
     return request.with_spec(batch_invariant=invariant), lambda out, lse: _packed_again(out, lse, cu_q, q.shape[0])
 
 

@@ -57,12 +57,19 @@ def _reasons(backend: SDPBackend, request: SdpaRequest, device: Device) -> list[
 
 def _notes(implementation: Implementation, request: SdpaRequest, device: Device) -> tuple[str, ...]:
     """What `explain` adds about the chosen backend."""
-    notes = implementation.notes(request, device)
-    if request.pages is None:
-        return notes
-    if implementation.takes_pages(request):
-        return (*notes, "Pages are read where they lie: nothing is gathered.")
-    return (*notes, "Pages are gathered by XLA into each sequence's own keys first: a copy of max_pages * page keys a sequence.")
+    notes = [*implementation.notes(request, device)]
+    if request.pages is not None and implementation.takes_pages(request):
+        notes.append("Pages are read where they lie: nothing is gathered.")
+    elif request.pages is not None:
+        notes.append("Pages are gathered by XLA into each sequence's own keys first: a copy of max_pages * page keys a sequence.")
+    if request.key_scale is not None:
+        kind, copy = request.key.dtype, f"a copy of them in {request.query.dtype}"
+        if implementation.takes_eight_bits(request):
+            later = f", but for gradients, by {copy}" if request.spec.wrt else ": no copy is made"
+            notes.append(f"Keys and values of {kind} are widened on their way{later}.")
+        else:
+            notes.append(f"Keys and values of {kind} are widened first: {copy}.")
+    return tuple(notes)
 
 
 def choose(request: SdpaRequest, device: Device) -> Choice:

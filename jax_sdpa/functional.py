@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_sdpa import attention, check, dispatch, primitive
 from jax_sdpa import device as devices
 from jax_sdpa.attention import SDPBackend
-from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
+from jax_sdpa.request import SdpaRequest
 
 
 def attend(request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
@@ -112,6 +112,8 @@ def dot_product_attention(
     sinks: Any = None,
     dropout_p: float = 0.0,
     dropout_rng: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
 ) -> Any:
     """Attention in JAX's own convention, (…, L, H, E), on the same engine as `scaled_dot_product_attention`.
 
@@ -138,6 +140,15 @@ def dot_product_attention(
         sinks: float (Hq,), a logit per head that takes part in the softmax and has no value, as in gpt-oss; has a gradient.
         dropout_p, dropout_rng: probability of dropping a weight, and the JAX key that it then needs, as in
             `scaled_dot_product_attention`, with the same bits.
+        key_scale, value_scale: float, broadcastable into (…, H, S), heads before keys: a scale for each key of each head, for each
+            head, or one for all. Then key and value are int8 or float8_e4m3fn, a quantised cache, and stand for
+            `key * key_scale` and `value * value_scale`, computed in float32 and rounded to the query's dtype. For inference: these
+            four have no derivative. Scales of hidden keys may be anything, NaN included.
+
+    FLASH widens such keys and values on their way where the call is a decode step: a bfloat16 query, L of at most 16, L * Hq / H of
+    at most 128 (64 where a head dim is over 128), S of at least 256; it multiplies the scores and the weights by the scales, in
+    float32. EFFICIENT widens a block at a time. Elsewhere, and for gradients, they are widened first, a copy in the query's dtype;
+    `explain` says which.
 
     Returns:
         (…, L, Hq, Ev) in the query's dtype; with `return_residual` also lse (…, L, Hq), float32 (float64 for float64 calls),
@@ -154,11 +165,19 @@ def dot_product_attention(
     >>> out, lse = dot_product_attention(query, key, key, key_value_seq_lengths=jnp.array([7, 3]), return_residual=True)
     >>> out.shape, lse.shape
     ((2, 5, 8, 64), (2, 5, 8))
+
+    A cache of 8 bits, with a scale for each key of each head:
+
+    >>> scale = jnp.abs(key).max(-1) / 127                                     # (2, 7, 2)
+    >>> key8, scale = jnp.rint(key / scale[..., None]).astype(jnp.int8), jnp.swapaxes(scale, 1, 2)
+    >>> dot_product_attention(query, key8, key8, key_scale=scale, value_scale=scale).dtype
+    dtype('float32')
     """
     request, shape = check.jax_request(
         query, key, value, bias, mask, scale=scale, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, implementation=implementation,
         return_residual=return_residual, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_rng=dropout_rng,
+        key_scale=key_scale, value_scale=value_scale,
     )  # fmt: skip
     out, lse = attend(request)
     out = jnp.reshape(out, shape)
@@ -224,7 +243,7 @@ def explain(
     """
     request = request_of(lambda *args, **kwargs: _REQUESTS[call](*args, **kwargs)[0], args, kwargs)
     if grad:
-        request = request.with_spec(wrt=tuple(name for name in DIFFERENTIABLE if getattr(request, name) is not None))
+        request = request.with_spec(wrt=request.differentiable)
     choice = dispatch.choose(request, devices.default() if device is None else devices.parse(device))
     notes = _NOTES[call](*args, **kwargs) if call in _NOTES else ()
     return dataclasses.replace(choice, notes=(*choice.notes, *notes))

@@ -4,7 +4,7 @@ Left alone, XLA would gather the operands of a loop over heads, or of a kernel i
 backend's own program on each device's part instead. The rule is written once, in labels per dim:
 
     b  batch            q  query heads      h  key/value heads      .  whole on every device
-    B  one for the whole batch        Q  one for all query heads
+    B  one for the whole batch        Q  one for all query heads        H  one for all key/value heads
 
 Lengths and head dims are whole on every device, and so is what is shared; the cotangent of a shared operand is summed over the
 devices that split the rest. Where there are more devices than key/value heads, these are shared by the devices of a group: each
@@ -27,7 +27,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_sdpa import compat
-from jax_sdpa.request import SdpaRequest
+from jax_sdpa.request import SCALES, SdpaRequest
 
 Program = Callable[..., Sequence[jax.Array]]
 Labels = str  # a letter per dim
@@ -55,6 +55,9 @@ def request_labels(request: SdpaRequest) -> SdpaRequest:
     for name, dims in shared.items():
         array = getattr(request, name)
         named[name] = None if array is None else _labels(array, dims)  # type: ignore[assignment]
+    for name in SCALES:  # of keys and values, heads before lengths
+        array = getattr(request, name)
+        named[name] = None if array is None else _labels(array, f"{'b' if request.pages is None else '.'}{kv}.")  # type: ignore[assignment]
     return SdpaRequest(**named, masks=jax.tree.map(lambda array: _labels(array, "b"), request.masks), spec=request.spec)
 
 

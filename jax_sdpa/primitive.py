@@ -28,7 +28,7 @@ from jax_sdpa.device import PLATFORMS, Device, target
 from jax_sdpa.dispatch import implementation_for
 from jax_sdpa.implementations import DEFINITION
 from jax_sdpa.implementations.base import Implementation
-from jax_sdpa.request import DIFFERENTIABLE, SdpaRequest
+from jax_sdpa.request import DIFFERENTIABLE, SCALES, SdpaRequest
 
 OUT_NAME, LSE_NAME = "sdpa_out", "sdpa_lse"
 """The names for `jax.checkpoint` policies: saved, they keep the forward from running twice."""
@@ -123,8 +123,8 @@ def _make(name: str, evaluate: Evaluate, avals: Callable[..., list[Any]], labels
         def rule(ctx: Any, *args: Any, treedef: Any, **params: Any) -> Any:
             request, _ = _split(ctx.avals_in, treedef)
             implementation = implementation_for(request, device(request))
-            if request.pages is not None and not implementation.takes_pages(request):
-                return compat.lower_untyped(functools.partial(_bind_gathered, primitive, treedef, params), ctx, *args)
+            if (plainer := _plainer(implementation, request, forward=not params)) is not None:
+                return compat.lower_untyped(functools.partial(_bind_changed, primitive, plainer, treedef, params), ctx, *args)
 
             def program(*args: jax.Array) -> Sequence[jax.Array]:
                 request, rest = _split(args, treedef)
@@ -158,7 +158,7 @@ def _by_definition(evaluate: Evaluate) -> Callable[..., Any]:
             for i, operand in zip(varying, operands, strict=True):
                 args[i] = operand
             request, rest = _split(args, treedef)
-            return tuple(evaluate(DEFINITION, request, *rest, **params))
+            return tuple(evaluate(DEFINITION, request.dequantised(), *rest, **params))
 
         outs, dots = jax.jvp(definition, [primals[i] for i in varying], [tangents[i] for i in varying])
         return list(outs), list(dots)
@@ -166,10 +166,24 @@ def _by_definition(evaluate: Evaluate) -> Callable[..., Any]:
     return rule
 
 
-def _bind_gathered(primitive: Primitive, treedef: Any, params: dict[str, Any], *args: jax.Array) -> Sequence[jax.Array]:
-    """The same call on each sequence's own keys: the one place that gathers pages."""
+Change = Callable[[SdpaRequest], SdpaRequest]
+
+
+def _plainer(implementation: Implementation, request: SdpaRequest, forward: bool) -> Change | None:
+    """What makes the next plainer request of one that the implementation does not take as it is; None: it does."""
+    if request.pages is not None and not implementation.takes_pages(request):
+        return SdpaRequest.gathered
+    if request.key_scale is not None and not (forward and implementation.takes_eight_bits(request)):
+        return SdpaRequest.dequantised
+    return None
+
+
+def _bind_changed(
+    primitive: Primitive, change: Change, treedef: Any, params: dict[str, Any], *args: jax.Array
+) -> Sequence[jax.Array]:
+    """The same call of the changed request: the one place that gathers pages, and that widens keys and values of 8 bits."""
     request, rest = _split(args, treedef)
-    leaves, treedef = jax.tree.flatten(request.gathered())
+    leaves, treedef = jax.tree.flatten(change(request))
     return primitive.bind(*leaves, *rest, treedef=treedef, **params)
 
 
@@ -179,6 +193,8 @@ def _bind_gathered(primitive: Primitive, treedef: Any, params: dict[str, Any], *
 def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, treedef: Any) -> Any:
     request, _ = _split(primals, treedef)
     moving, _ = _split(tangents, treedef)
+    if moving.key_scale is not None:
+        _refuse_derivatives(moving)
     wrt = tuple(name for name in DIFFERENTIABLE if getattr(moving, name) is not None and type(getattr(moving, name)) is not ad.Zero)
     wrt = tuple(name for name in DIFFERENTIABLE if name in {*wrt, *request.spec.wrt})
     leaves, treedef = jax.tree.flatten(request.with_spec(wrt=wrt))
@@ -189,6 +205,17 @@ def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, treedef: An
         return [out, lse], [compat.zero_tangent(out), compat.zero_tangent(lse)]
     dots = [getattr(moving, name) for name in named]
     return [out, lse], tangent_p.bind(*leaves, out, lse, *dots, treedef=treedef, wrt=named)
+
+
+def _refuse_derivatives(moving: SdpaRequest) -> None:
+    """moving: the tangents of a request with scales. (The tangents of integers are none.)"""
+    for name in ("key", "value", *SCALES):
+        tangent = getattr(moving, name)
+        if type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0:
+            raise ValueError(
+                f"{name} has no derivative where keys and values are of 8 bits; query, bias, sinks and an array scale have theirs. "
+                f"Pass jax.lax.stop_gradient({name}), or differentiate a call whose keys and values have the query's dtype."
+            )
 
 
 def _tangent_transpose(cts: Sequence[Any], *args: Any, treedef: Any, wrt: tuple[str, ...]) -> list[Any]:
@@ -227,8 +254,9 @@ def _batch_rule(primitive: Primitive, axis: Any, args: Sequence[Any], dims: Sequ
     shapes = [x.shape if d is None else x.shape[:d] + x.shape[d + 1 :] for x, d in zip(args, dims, strict=True)]
     positions, others = _split(range(len(args)), treedef)
     paged = positions.pages is not None
-    if paged and (dims[positions.key] is not None or dims[positions.value] is not None):  # no table reaches into several pools
-        gathered = functools.partial(_bind_gathered, primitive, treedef, params)
+    pools = [getattr(positions, name) for name in ("key", "value", *SCALES) if getattr(positions, name) is not None]
+    if paged and any(dims[i] is not None for i in pools):  # no table reaches into several pools
+        gathered = functools.partial(_bind_changed, primitive, SdpaRequest.gathered, treedef, params)
         results = jax.vmap(gathered, tuple(dims), axis_size=n, spmd_axis_name=axis.spmd_name)(*args)
         return results, [0] * len(results)
     batch = shapes[positions.query][0]
@@ -237,8 +265,9 @@ def _batch_rule(primitive: Primitive, axis: Any, args: Sequence[Any], dims: Sequ
     for i in (positions.query, positions.key, positions.value, *others[:2]):  # these and out, lse are never shared
         full[i] = True
     if paged:  # all of these entries' pages are in one pool
-        full[positions.key] = full[positions.value] = False
         full[positions.pages] = True
+        for i in pools:
+            full[i] = False
     if primitive is tangent_p:  # an operand and its tangent have one shape
         for name, i in zip(wrt, others[2:], strict=True):
             full[i] = full[getattr(positions, name)] = full[i] or full[getattr(positions, name)]

@@ -18,6 +18,11 @@ from jax_sdpa.masks import Mask, conjunction
 DIFFERENTIABLE = ("query", "key", "value", "bias", "scale", "sinks")
 """The operands that have cotangents, in the order in which they are listed everywhere."""
 
+EIGHT_BITS = ("int8", "float8_e4m3fn")
+"""The dtypes of keys and values that have scales."""
+
+SCALES = ("key_scale", "value_scale")
+
 
 @dataclasses.dataclass(frozen=True)
 class SdpaSpec:
@@ -51,6 +56,9 @@ class SdpaRequest:
     With pages, int32 (B, n), key and value are pools (pages, page, H, E) and (pages, page, H, Ev) in layout 'BLHE': key j of batch
     entry b is row j % page of page pages[b, j // page], S = n * page; entries whose keys the masks hide may be anything. For
     inference: such a request has no derivative.
+
+    With key_scale and value_scale, float (B|1, H|1, S|1), key and value are of `EIGHT_BITS` and stand for what `dequantised` makes
+    of them; with pages the scales are (pages|1, H|1, page|1). Such keys, values and scales have no derivative.
     """
 
     query: Any
@@ -63,6 +71,8 @@ class SdpaRequest:
     sinks: Any = None
     dropout_seeds: Any = None
     pages: Any = None
+    key_scale: Any = None
+    value_scale: Any = None
     spec: SdpaSpec = dataclasses.field(default=None, metadata={"static": True})  # type: ignore[assignment]
 
     @property
@@ -116,6 +126,12 @@ class SdpaRequest:
         return (self.batch, self.q_heads, self.query_len)
 
     @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The names of its operands that have cotangents."""
+        fixed = () if self.key_scale is None else ("key", "value")
+        return tuple(name for name in DIFFERENTIABLE if getattr(self, name) is not None and name not in fixed)
+
+    @property
     def mask(self) -> Mask:
         """The conjunction of the structured masks."""
         return conjunction(self.masks)
@@ -129,7 +145,29 @@ class SdpaRequest:
             return self
         shape = (self.batch, self.key_len)
         key, value = (taken(pool, self.pages).reshape(*shape, *pool.shape[2:]) for pool in (self.key, self.value))
-        return dataclasses.replace(self, key=key, value=value, pages=None)
+        scales = {} if self.key_scale is None else {name: self._gathered_scales(getattr(self, name)) for name in SCALES}
+        return dataclasses.replace(self, key=key, value=value, pages=None, **scales)
+
+    def _gathered_scales(self, scale: jax.Array) -> jax.Array:
+        """(pages|1, H|1, page|1) -> (B|1, H|1, S|1)."""
+        pages, page = self.key.shape[:2]
+        if scale.shape[0] == scale.shape[2] == 1:
+            return scale
+        found = taken(jnp.broadcast_to(scale, (pages, scale.shape[1], page)), self.pages)  # (B, n, H|1, page)
+        return jnp.swapaxes(found, 1, 2).reshape(self.batch, scale.shape[1], self.key_len)
+
+    def dequantised(self) -> SdpaRequest:
+        """The same call without scales, keys and values copied in the query's dtype: float32(key) * key_scale, rounded once."""
+        if self.key_scale is None:
+            return self
+        wide = jnp.promote_types(self.query.dtype, jnp.float32)
+
+        def widened(x: jax.Array, scale: jax.Array) -> jax.Array:
+            beside = scale if self.heads_axis == 1 else jnp.swapaxes(scale, 1, 2)
+            return (x.astype(wide) * beside[..., None].astype(wide)).astype(self.query.dtype)
+
+        key, value = widened(self.key, self.key_scale), widened(self.value, self.value_scale)
+        return dataclasses.replace(self, key=key, value=value, key_scale=None, value_scale=None)
 
 
 def taken(x: jax.Array, index: jax.Array) -> jax.Array:

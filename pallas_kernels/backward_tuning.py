@@ -1,4 +1,4 @@
-"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25, jax 0.11.2 (NOTES.md, "Hopper backward").
+"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 and 26 (NOTES.md, "Hopper backward").
 
 Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them, and
 rows differ or are short. One / all of them, microseconds on an H100: D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 /
@@ -30,7 +30,7 @@ def backward_config(
     masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s; biased: there is a bias of any size. deterministic: the
     same bits each time, so not the fused kernel.
 
-    >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv is None
+    >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
     True
     """
     wide = max(head_dim, value_head_dim)
@@ -40,7 +40,9 @@ def backward_config(
     fused: WalkConfig | None = None
     if wide <= 64:
         # beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)
-        dq = dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
+        dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
+        # full, L 16384: 6282 us, not early 6543; causal 2967, 2870
+        dq = dataclasses.replace(dv, early=not masked and not drops)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
         if not deterministic and head_dim > 48 and min(query_len, seen) >= 2048 and not (sloped and drops):
@@ -49,11 +51,17 @@ def backward_config(
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
     elif wide <= 192:
-        dq = dk = dv = WalkConfig(masks_all=True)
+        dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
+        # in roles 1192 us, several row tiles 1172, p in half precision 1274, one after the other 1513; causal 657, 634, 698, 901
+        dkv = WalkConfig(roles=True, plain=True)
+        dk = dv = WalkConfig(masks_all=True)
     else:
-        # full, L 16384: 7671 us, not plain 8271, one warpgroup that spills less 7905; causal 3834, 5123, 3983
-        dq = WalkConfig(masks_all=True, brief=1, plain=True)
-        dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # 5461 us, one warpgroup 6835
+        # causal, L 16384: 1984 us, not every tile masked 2017, p in half precision 2049, not early 3866
+        dq = WalkConfig(masks_all=True, brief=1, early=True)
+        # in roles: L 2048 780 us, p in half precision 832, not plain 878, one after the other 1133; causal, L 16384: 2898, 3223,
+        # 3615, 4674
+        dkv = WalkConfig(roles=True, plain=True)
+        dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
         dv = WalkConfig(masks_all=True)
     own = {"dkv": dkv, "dk": dk, "dv": dv}
     own = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()} | {"dq": dq}
@@ -93,10 +101,13 @@ LESS: tuple[dict[str, Any], ...] = (
 )
 """What a configuration gives up, in this order, until it fits the shared memory."""
 
+LESS_IN_ROLES: tuple[dict[str, Any], ...] = ({"half": True}, {"bias_stages": 1})
 
-def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig:
-    """The configuration, with less where it needs more shared memory than there is."""
-    return tuning.fitted(config, LESS, lambda config: shared_bytes(kernel, config, **facts))
+
+def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig | None:
+    """The configuration, with less where it needs more shared memory than there is; None where roles do not fit at all."""
+    found = tuning.fitted(config, LESS_IN_ROLES if config.roles else LESS, lambda config: shared_bytes(kernel, config, **facts))
+    return None if config.roles and shared_bytes(kernel, found, **facts) > tuning.SHARED_MEMORY else found
 
 
 def whole(size: int) -> int:
@@ -116,6 +127,12 @@ def shared_bytes(
         tiles = config.block_k * (config.stages * E + config.brief_stages * Ev)
         results = config.rows * E if config.row_tiles > 1 else 0  # else they leave from the memory of their queries
         return 2 * (config.rows * (E + Ev) + tiles + results) + ring + stored
+    if config.roles:
+        tiles = 2 * config.rows * E + 2 * config.stages * config.block_k * E
+        handed = 2 * config.rows * config.block_k * (2 if config.half else 4)
+        words = whole(8 * config.stages * config.block_k) if drops else 0
+        numbers = whole((12 if biased else 8) * config.stages * config.block_k) + (whole(4 * config.rows) if biased else 0)
+        return 2 * tiles + handed + words + numbers + ring
     q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
     own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
     tiles = config.block_k * (q_stages * E + (config.stages if kernel == "fused" else config.brief_stages) * Ev)

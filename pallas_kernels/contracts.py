@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 import jax
 
+SCALES_OF_PAGE = 32
+"""A decode reads the scales of a page of 8-bit keys where they lie if it has so many: TMA wants 128 bytes of shared memory each."""
+
 
 class Mask(Protocol):
     """Which keys a query may see, as integer arithmetic on positions that runs inside a kernel."""
@@ -32,6 +35,10 @@ class Mask(Protocol):
 
     def full_range(self, q_lo: Any, q_hi: Any, L: int, S: int) -> tuple[Any, Any]:
         """[lo, hi): inside of it every query of [q_lo, q_hi) keeps every key."""
+        ...
+
+    def key_valid(self, L: int, S: int) -> Any:
+        """(B|1, S) or (S,) bool: the keys that some query of the call may see; None where that is all of them."""
         ...
 
     def padded(self, more_q: int, more_k: int) -> Any:
@@ -103,9 +110,14 @@ class ForwardConfig:
             raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
-        if 128 * (self.warpgroups * self.registers[0] + self.registers[1]) > 65536:
-            wanted = f"{self.warpgroups} x {self.registers[0]} + {self.registers[1]}"
+        wanted = " + ".join(f"{n} x {own}" for n, own in self.teams)
+        if 128 * sum(n * own for n, own in self.teams) > 65536:
             raise ValueError(f"registers must be at most 512 over all warpgroups, the file of a Hopper SM; {wanted} are more.")
+
+    @property
+    def teams(self) -> tuple[tuple[int, int], ...]:
+        """(warpgroups, registers of a thread) of those that compute, of the one that loads, and of others, in this order."""
+        return (self.warpgroups, self.registers[0]), (1, self.registers[1])
 
     @property
     def rows(self) -> int:
@@ -124,9 +136,31 @@ class ForwardConfig:
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(ForwardConfig):
     """How a decode kernel cuts its work: as a forward kernel, whose rows are a group's heads times a few queries. programs: that
-    share the key tiles, one for each SM."""
+    share the key tiles, one for each SM.
+
+    narrow_stages: 8-bit tiles of K and of V in flight before they are widened; 0: keys come in half precision. converters:
+    warpgroups that widen them, one for both or one for each. converter_registers: of their threads.
+    """
 
     programs: int = 132
+    narrow_stages: int = 0
+    converters: int = 1
+    converter_registers: int = 120
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.converters not in (1, 2):
+            raise ValueError(f"converters must be 1 or 2, one for keys and values or one for each, got {self.converters}.")
+
+    @property
+    def teams(self) -> tuple[tuple[int, int], ...]:
+        own = super().teams
+        return (*own, (self.converters, self.converter_registers)) if self.narrow_stages else own
+
+    @property
+    def scale_stages(self) -> int:
+        """Of the scales of 8-bit keys and values (`hopper_eight_bits` says why)."""
+        return self.narrow_stages + self.stages + 1
 
     def own_out(self, head_dim: int, value_head_dim: int) -> bool:
         return True
@@ -141,18 +175,31 @@ class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
     brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
-    dv). plain: dq is finished within its step, for want of registers (the other warpgroup fills the gaps). half: p waits in half
-    precision for the next step (dk, dv). masks_all: every tile is masked, without a branch. split: programs among which the query
-    heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv).
+    dv). plain: dq is finished within its step, for want of registers (the other warpgroup fills the gaps). early: dq's steps are in
+    dk's order, the next scores beside this step's product. half: p waits in half precision for the next step (dk, dv, early dq).
+    masks_all: every tile is masked, without a branch. split: programs among which the query
+    heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
+    block_q keys, one makes dv and the other dk (`hopper_backward_roles`).
     """
 
     block_k: int = 64
     brief: int | None = None
     ahead: int = 1
     plain: bool = False
+    early: bool = False
     half: bool = False
     masks_all: bool = False
     split: int = 1
+    roles: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.roles and self.warpgroups != 2:
+            raise ValueError(f"roles are two, so warpgroups must be 2, got {self.warpgroups}.")
+
+    @property
+    def rows(self) -> int:
+        return self.block_q if self.roles else super().rows
 
     @property
     def brief_stages(self) -> int:
@@ -163,13 +210,18 @@ class WalkConfig(ForwardConfig):
 class BackwardConfig:
     """dq: rows are queries, columns keys. dkv: rows are keys, columns queries; None where dk and dv have to be made one after the
     other, by dk and dv, because both sums together are more than the registers hold. fused: of one kernel for all three, rows and
-    columns as dkv's; None for the pair."""
+    columns as dkv's; None for the pair. dkv in roles is for calls whose keys and values are equally wide (`keys_together`)."""
 
     dq: WalkConfig
     dkv: WalkConfig | None
     dk: WalkConfig
     dv: WalkConfig
     fused: WalkConfig | None = None
+
+    def keys_together(self, head_dim: int, value_head_dim: int) -> WalkConfig | None:
+        """How dk and dv are made by one kernel, if they are. In roles tiles of Q and of dO take turns in the same memory."""
+        own = self.dkv
+        return None if own is not None and own.roles and head_dim != value_head_dim else own
 
     def can_fuse(self, head_dim: int) -> bool:
         """Whether the tile of dq can be cut into a part for each warpgroup: by rows, or by columns of whole swizzles. Keys narrower

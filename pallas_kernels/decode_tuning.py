@@ -32,9 +32,39 @@ def decode_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeCon
     return dataclasses.replace(config, stages=min(8, config.stages + more))
 
 
+def eight_bit_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeConfig | None:
+    """The configuration where keys and values come in 8 bits; None where shared memory does not hold both rings, or where the four
+    warpgroups of two for the rows have too few registers to start with for a product with so many columns.
+
+    Two tiles in half precision, one of which is read while the other is made, and four in 8 bits, of which two are on their way:
+    32 KB. Not measured.
+
+    >>> eight_bit_config(rows=7, head_dim=128, value_head_dim=128).narrow_stages
+    4
+    >>> eight_bit_config(rows=128, head_dim=256, value_head_dim=256) is None
+    True
+    """
+    warpgroups, wide = cdiv(rows, 64), max(head_dim, value_head_dim) > 128
+    if wide and warpgroups == 2:
+        return None
+    registers, converters, own = ((184, 32), 1, 112) if warpgroups == 2 else ((248, 40), 1, 160) if wide else ((224, 32), 2, 128)
+    config = DecodeConfig(
+        block_k=64, stages=2, warpgroups=warpgroups, registers=registers, row_tiles=2, queries=1 if wide else 2, programs=SMS,
+        narrow_stages=1, converters=converters, converter_registers=own,
+    )  # fmt: skip
+    left = SHARED_MEMORY - shared_bytes(config, head_dim, value_head_dim)
+    if left < 0:
+        return None
+    more = left // (config.block_k * (head_dim + value_head_dim + 2 * 4))
+    return dataclasses.replace(config, narrow_stages=min(4, 1 + more))
+
+
 def shared_bytes(config: DecodeConfig, head_dim: int, value_head_dim: int) -> int:
     """Of a program's queries, keys and values, half precision, and of its results, float32, so many columns of them as leave at a
-    time."""
+    time; of keys and values in 8 bits and their scales, where they come so."""
     queries = config.rows * config.queries * head_dim
     keys = config.stages * config.block_k * (head_dim + value_head_dim)
-    return 2 * (queries + keys) + 4 * config.rows * config.out_columns(head_dim, value_head_dim)
+    narrow = 0
+    if config.narrow_stages:
+        narrow = config.block_k * (config.narrow_stages * (head_dim + value_head_dim) + 2 * 4 * config.scale_stages)
+    return narrow + 2 * (queries + keys) + 4 * config.rows * config.out_columns(head_dim, value_head_dim)

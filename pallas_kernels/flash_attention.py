@@ -75,10 +75,10 @@ def forward(
             and the generator of the bits.
         config: how to cut the work; None: `tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
 
-    Keys that the mask hides may hold anything, and so may the values that it hides from every query, by numbers and with no `keep`
-    beside it; values that ids or `keep` hide must be numbers.
+    Keys that a mask hides may hold anything, and so may the values that `mask` hides from every query; values that only `keep`
+    hides must be numbers.
     """
-    from pallas_kernels import hopper_forward  # jax 0.11.2 and newer only
+    from pallas_kernels import hopper_forward, hopper_hidden  # jax 0.11.2 and newer only
 
     heads_axis = 1 if layout == "BHLE" else 2
     length_axis = 3 - heads_axis
@@ -86,7 +86,7 @@ def forward(
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
     static_scale = scale if isinstance(scale, float) else None
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
-    (sloped, seen), masked = slope(mask, L, S), mask is not None or keep is not None
+    given, (sloped, average), masked = mask, slope(mask, L, S), mask is not None or keep is not None
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     if bias_bytes := dense.tile_bytes(bias):
@@ -94,17 +94,20 @@ def forward(
     if config is None:
         config = tuning.forward_config(
             heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
-            seen=seen, tiled=keep is not None and dense.kind(keep) == "tile", drops=drops, bias_bytes=bias_bytes,
+            seen=average, tiled=keep is not None and dense.kind(keep) == "tile", drops=drops, bias_bytes=bias_bytes,
         )  # fmt: skip
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,
         sinks is not None,
     )  # fmt: skip
-    run = hopper_forward.forward(shape, config, mask, bias=bias, keep=keep, generator=generator, interpret=interpret)
+    seen = hopper_hidden.seen_keys(given, mask, L, S)
+    run = hopper_forward.forward(
+        shape, config, mask, bias=bias, keep=keep, generator=generator, told=seen is not None, interpret=interpret
+    )
     out, lse = run(
         longer(query, {length_axis: up(L, 8), 3: up(E, 16)}), longer(key, {length_axis: up(S, 8), 3: up(E, 16)}),
         longer(value, {length_axis: up(S, 8), 3: up(Ev, 16)}), mask_arrays=jax.tree.leaves(mask), bias=bias, keep=keep,
-        sinks=sinks, seeds=seeds if drops else None, scale=None if static_scale is not None else scale,
+        sinks=sinks, seeds=seeds if drops else None, scale=None if static_scale is not None else scale, seen=seen,
     )  # fmt: skip
     out = jax.lax.slice(out, (0, 0, 0, 0), (*query.shape[:3], Ev))
     if dropout_p > 0 and not drops:  # p = 1: every weight is dropped; lse is that of the softmax before

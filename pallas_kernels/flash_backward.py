@@ -26,7 +26,7 @@ def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array | None, heads_ax
 def backward(
     query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, *, layout: str,
     scale: Any, softcap: float | None = None, mask: Any = None, bias: Any = None, row_sum: Any = None, keep: Any = None,
-    seeds: Any = None, dropout_p: float = 0.0, generator: Any = None, wants: tuple[str, ...] = WANTS,
+    seeds: Any = None, dropout_p: float = 0.0, generator: Any = None, empty: Any = None, wants: tuple[str, ...] = WANTS,
     deterministic: bool = True, config: BackwardConfig | None = None, interpret: Any = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """{'query': dq, 'key': dk, 'value': dv, 'bias': dbias} by the Hopper kernels, those of `wants`; arguments as in
@@ -36,11 +36,13 @@ def backward(
     exp(s - lse) / row_sum: lse may be the row's maximum, because that of a row of -1e9 has lost the logarithm of its sum.
     deterministic: the same bits each time; else, where that is much faster, key tiles add to dq in any order (`chosen`).
 
-    Rows that attend to nothing (lse = -inf) give and get zeros, if query and dout are numbers there.
+    Rows that attend to nothing (lse = -inf) give and get zeros, and so do keys that `mask` hides from every query, which may hold
+    anything. empty: (B, Hq, L) bool, rows that attend to nothing whose query and dout may, too; None: all are numbers.
     """
-    from pallas_kernels import hopper_operands  # jax 0.11.2 and newer only
+    from pallas_kernels import hopper_hidden, hopper_operands  # jax 0.11.2 and newer only
     from pallas_kernels.hopper_backward_dkv import dkv
     from pallas_kernels.hopper_backward_dq import dq
+    from pallas_kernels.hopper_backward_roles import dkv_in_roles
 
     heads_axis = 1 if layout == "BHLE" else 2
     length_axis = 3 - heads_axis
@@ -50,7 +52,7 @@ def backward(
         given = {
             "query": query, "key": key, "value": value, "dout": dout, "lse": lse, "delta": delta, "layout": layout, "scale": scale,
             "softcap": softcap, "mask": mask, "row_sum": row_sum, "keep": keep, "seeds": seeds, "dropout_p": dropout_p,
-            "generator": generator, "deterministic": deterministic, "config": config, "interpret": interpret,
+            "generator": generator, "empty": empty, "deterministic": deterministic, "config": config, "interpret": interpret,
         }  # fmt: skip
         return _by_batch_entry(B, bias, wants, given)
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
@@ -61,6 +63,7 @@ def backward(
             heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=bias,
             dense_mask=keep is not None, drops=drops, deterministic=deterministic,
         )  # fmt: skip
+    given_mask = mask
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
     bias_kind = None if bias is None else dense.kind(bias)
@@ -72,14 +75,15 @@ def backward(
         longer(query, {length_axis: up(L, 8), 3: up(E, 16)}), longer(key, {length_axis: up(S, 8), 3: up(E, 16)}),
         longer(value, {length_axis: up(S, 8), 3: up(Ev, 16)}), longer(dout, {length_axis: up(L, 8), 3: up(Ev, 16)}),
     ]  # fmt: skip
-    kernels = _kernels(config, wants, shape.head_dim, bias_kind)
+    kernels = _kernels(config, wants, shape, bias_kind)
     length = max((up(L, own.rows if name == "query" else own.block_k) for names, own in kernels for name in names), default=0)
     survivors = hopper_operands.survivor_scale(shape, generator)
     given.append(
         hopper_operands.row_numbers(lse, delta / survivors if drops else delta, length, row_sum if bias is not None else None)
     )
     more = {
-        "keep": keep, "bias": bias, "seeds": seeds, "scale": None if static_scale is not None else scale, "generator": generator
+        "keep": keep, "bias": bias, "seeds": seeds, "scale": None if static_scale is not None else scale, "generator": generator,
+        "seen_keys": hopper_hidden.seen_keys(given_mask, mask, L, S), "seen_queries": None if empty is None else ~empty,
     }  # fmt: skip
     found: dict[str, Any] = {}
     for names, own in kernels:
@@ -100,10 +104,13 @@ def backward(
             arguments = [*given, *words, *operands.arrays]
             outs = {"key": "dk", "value": "dv"}
             keys = tuple(name for name in names if name != "query")
-            run = dkv(
-                shape, own, operands, wants=tuple(outs[name] for name in keys), fused=fused, adds_up=sums and "key" in keys,
-                interpret=interpret,
-            )  # fmt: skip
+            if own.roles:
+                run = dkv_in_roles(shape, own, operands, adds_up=sums, interpret=interpret)
+            else:
+                run = dkv(
+                    shape, own, operands, wants=tuple(outs[name] for name in keys), fused=fused, adds_up=sums and "key" in keys,
+                    interpret=interpret,
+                )  # fmt: skip
             if fused:
                 like = [(*x.shape[:heads_axis], H * own.split, *x.shape[heads_axis + 1 :]) for x in given[1:3]]
                 results, dq_sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, arguments, like, interpret)
@@ -224,16 +231,17 @@ def with_reference(run: Any, given: list[Any], like: list[Any], start: jax.Array
 
 
 def _kernels(
-    config: BackwardConfig, wants: tuple[str, ...], head_dim: int, bias_kind: str | None
+    config: BackwardConfig, wants: tuple[str, ...], shape: ForwardShape, bias_kind: str | None
 ) -> list[tuple[tuple[str, ...], WalkConfig]]:
     """What each kernel to be run makes, and how; a bias's gradient comes beside dq, that of a bias of keys beside dk."""
-    if set(wants) == set(WANTS) and config.fused is not None and config.can_fuse(head_dim) and bias_kind is None:
+    if set(wants) == set(WANTS) and config.fused is not None and config.can_fuse(shape.head_dim) and bias_kind is None:
         return [(WANTS, config.fused)]
     needed = set(wants)
     if "bias" in wants:
         needed.add("key" if bias_kind == "column" else "query")
     kernels: list[tuple[tuple[str, ...], WalkConfig]] = [(("query",), config.dq)] if "query" in needed else []
     keys = tuple(name for name in ("key", "value") if name in needed)
-    if len(keys) == 2 and config.dkv is not None:
-        return [*kernels, (keys, config.dkv)]
+    together = config.keys_together(shape.head_dim, shape.value_head_dim)
+    if len(keys) == 2 and together is not None:
+        return [*kernels, (keys, together)]
     return [*kernels, *(((name,), config.dk if name == "key" else config.dv) for name in keys)]

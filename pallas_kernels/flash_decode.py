@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import visits
-from pallas_kernels.contracts import DecodeConfig, ForwardShape
-from pallas_kernels.decode_tuning import decode_config
+from pallas_kernels.contracts import SCALES_OF_PAGE, DecodeConfig, ForwardShape
+from pallas_kernels.decode_tuning import decode_config, eight_bit_config
 from pallas_kernels.flash_attention import longer, up
 from pallas_kernels.shares import Shares
 
@@ -39,24 +39,48 @@ def takes(*, query_len: int, key_len: int, group: int, has_ids: bool, dense: boo
     return few and (whole or key_len >= KEYS) and not (has_ids or dense or drops)
 
 
-def takes_pages(*, pages: int, page: int, head_dim: int, value_head_dim: int) -> bool:
+def takes_pages(*, pages: int, page: int, head_dim: int, value_head_dim: int, eight_bits: bool = False) -> bool:
     """Whether a pool of so many pages is read where it lies: a tile is whole pages, or lies in one, and to pad the pool would cost
     more than to gather what is read of it.
 
     >>> takes_pages(pages=1000, page=16, head_dim=128, value_head_dim=128)
     True
     """
-    return pages > 0 and page >= 8 and page & (page - 1) == 0 and head_dim % 16 == value_head_dim % 16 == 0
+    step = 32 if eight_bits else 16
+    return pages > 0 and page >= 8 and page & (page - 1) == 0 and head_dim % step == value_head_dim % step == 0
 
 
-def padding(key_len: int, head_dim: int, value_head_dim: int) -> tuple[str, ...]:
+def takes_eight_bits(*, query_dtype: Any, rows: int, head_dim: int, value_head_dim: int) -> bool:
+    """Whether keys and values of 8 bits are widened on their way: for queries of bfloat16, whose range the values' scales have, and
+    rows (a group's heads times queries) and head dims for which both widths fit into shared memory.
+
+    >>> takes_eight_bits(query_dtype=jnp.bfloat16, rows=7, head_dim=128, value_head_dim=128)
+    True
+    """
+    dims = {"head_dim": up(head_dim, 32), "value_head_dim": up(value_head_dim, 32)}
+    return query_dtype == jnp.bfloat16 and eight_bit_config(rows=rows, **dims) is not None
+
+
+def padding(key_len: int, head_dim: int, value_head_dim: int, *, eight_bits: bool = False) -> tuple[str, ...]:
     """Which of key and value are copied to be padded, by name; the few queries are copied into rows where they do not lie so."""
-    return tuple(name for name, dim in (("key", head_dim), ("value", value_head_dim)) if key_len % 8 or dim % 16)
+    return tuple(
+        name for name, dim in (("key", head_dim), ("value", value_head_dim)) if key_len % 8 or dim % (32 if eight_bits else 16)
+    )
+
+
+def query_rows(rows: int) -> int:
+    """Of a tensor that holds them, for TMA in tiles of 8 rows: a whole number of tiles, or less than one. One copy less for few.
+
+    >>> query_rows(7), query_rows(9)
+    (7, 16)
+    """
+    return rows if rows < 8 else up(rows, 8)
 
 
 def decode(
     query: jax.Array, key: jax.Array, value: jax.Array, *, layout: str, scale: Any, softcap: float | None = None, mask: Any = None,
-    sinks: Any = None, pages: Any = None, whole: bool = False, config: DecodeConfig | None = None, interpret: Any = None,
+    sinks: Any = None, pages: Any = None, key_scale: Any = None, value_scale: Any = None, whole: bool = False,
+    config: DecodeConfig | None = None, interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(out, lse) of few queries, as `flash_attention.forward`: `softmax(scale * q @ k.T, kept keys) @ v`, lse (B, Hq, L), float32.
 
@@ -65,6 +89,9 @@ def decode(
         pages: int32 (B, n): which pages of key and value, then (pages, page, H, E) and (pages, page, H, Ev) with layout 'BLHE',
             hold a sequence's keys, one after another; page a power of two of at least 8 (`takes_pages`). Pages that the mask hides
             may be any number.
+        key_scale, value_scale: float (1|B, 1|H, 1|S) where key and value are int8 or float8_e4m3fn (`takes_eight_bits`), and stand
+            for key * key_scale[..., None] and value * value_scale[..., None]; with pages (1|pages, 1|H, 1|page). Those of hidden
+            keys may be anything, NaN included.
         whole: no sequence is cut (torch's num_splits=1): it has the same bits alone and in a batch.
         config: how to cut the work; None: `decode_tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
     """
@@ -80,11 +107,17 @@ def decode(
         S = pages.shape[1] * page
     group = Hq // H
     static_scale = scale if isinstance(scale, float) else None
+    narrow = None if key_scale is None else key.dtype
+    step = 16 if narrow is None else 32  # the swizzles of halves, or of bytes, begin with 32 bytes
     shape = ForwardShape(
-        B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, 0.0, sinks is not None
+        B, Hq, H, L, S, up(E, step), up(Ev, step), query.dtype, layout, static_scale, softcap, 0.0, sinks is not None
     )  # fmt: skip
     if config is None:
-        config = decode_config(rows=group * L, head_dim=shape.head_dim, value_head_dim=shape.value_head_dim)
+        chosen = (decode_config if narrow is None else eight_bit_config)(
+            rows=group * L, head_dim=shape.head_dim, value_head_dim=shape.value_head_dim
+        )
+        assert chosen is not None  # `takes_eight_bits`
+        config = chosen
     steps = visits.ranges(mask, 0, L, L, S, config.block_k).steps
     shares = Shares(B, H, config.programs, steps if isinstance(steps, int) else None, whole)
     before = shares.before(jnp.atleast_1d(steps)) if shares.searches else None
@@ -92,13 +125,32 @@ def decode(
         query = jnp.swapaxes(query, 1, 2)  # (B, Hq, L, E); with L = 1 nothing moves
     rows = jnp.reshape(query, (B, H, group * L, E))
     if pages is None:
-        key, value = (longer(x, {length_axis: up(S, 8), 3: up(x.shape[3], 16)}) for x in (key, value))
+        key, value = (longer(x, {length_axis: up(S, 8), 3: up(x.shape[3], step)}) for x in (key, value))
     else:
-        key, value = (longer(x, {3: up(x.shape[3], 16)}) for x in (key, value))
-    run = hopper_decode.forward(shape, config, shares, mask, page=page, interpret=interpret)
+        key, value = (longer(x, {3: up(x.shape[3], step)}) for x in (key, value))
+    given: dict[str, Any] = {}
+    if narrow is not None:
+        gathered = page is not None and page < SCALES_OF_PAGE
+        given = {
+            name: _scales(x, S, key, pages, gathered=gathered)
+            for name, x in (("key_scale", key_scale), ("value_scale", value_scale))
+        }
+    run = hopper_decode.forward(shape, config, shares, mask, page=page, narrow=narrow, interpret=interpret)
     parts, lses = run(
-        longer(rows, {2: up(group * L, 8), 3: up(E, 16)}), key, value, before=before, mask_arrays=jax.tree.leaves(mask),
-        scale=None if static_scale is not None else scale, pages=pages,
+        longer(rows, {2: query_rows(group * L), 3: up(E, step)}), key, value, before=before, mask_arrays=jax.tree.leaves(mask),
+        scale=None if static_scale is not None else scale, pages=pages, **given,
     )  # fmt: skip
     out, lse = hopper_merge.merge(shape, shares, interpret=interpret)(parts, lses, before, sinks)
     return out[..., :Ev], lse
+
+
+def _scales(scale: Any, key_len: int, key: jax.Array, pages: Any, *, gathered: bool) -> jax.Array:
+    """As `hopper_decode.forward` wants them: numbers that all keys share are made many, those of small pages gathered."""
+    scale = scale.astype(jnp.float32)
+    if pages is None:
+        return longer(jnp.broadcast_to(scale, (*scale.shape[:2], key_len)), {2: up(key_len, 8)})
+    scale = jnp.broadcast_to(scale, (key.shape[0], scale.shape[1], key.shape[1]))  # (pages, 1|H, page)
+    if not gathered:
+        return scale
+    found = jnp.swapaxes(jnp.take(scale, pages, axis=0, mode="clip"), 1, 2)  # (B, 1|H, n, page)
+    return jnp.reshape(found, (*found.shape[:2], key_len))

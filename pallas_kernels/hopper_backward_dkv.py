@@ -38,6 +38,7 @@ from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
+from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
 from pallas_kernels.hopper_memory import rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
@@ -79,7 +80,8 @@ def dkv(
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
                do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
-               ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, out_s: Any = None, **ring: Any) -> None:  # fmt: skip
+               ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, out_s: Any = None, came: Any = None,
+               **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         words_ref = more.pop(0) if drops else None
         dq_ref: Any = None
@@ -96,10 +98,17 @@ def dkv(
         def item_at(n: Any) -> KeyItem:
             b, own_head, from_behind = items.at(program, n)
             key_tile = items.row_tiles - 1 - from_behind  # heaviest first: under a causal mask all queries see the first keys
-            return KeyItem(recipe, refs, group, split, config.rows, b, own_head, key_tile)
+            return KeyItem.of(recipe, refs, group, split, config.rows, b, own_head, key_tile)
 
-        k_own = k_s.at[pl.ds(wg * bk, bk)]
-        v_own = k_own if v_s is None else v_s.at[pl.ds(wg * bk, bk)]
+        # Else registers hold where each of 8 or 16 pieces of k and v lies, and spill beside a mask, or dropout's words: D128
+        # causal, L 16384: 2966 us, held 3091, L 4096 with dropout 1177, 1276. Without a mask nothing spills: 6204, held 6070.
+        moves = E > 64 and (drops or recipe.mask is not None or recipe.keep_kind is not None)
+
+        def owns(wg: Any) -> tuple[Any, Any]:
+            keys = k_s.at[pl.ds(wg * bk, bk)]
+            return keys, keys if v_s is None else v_s.at[pl.ds(wg * bk, bk)]
+
+        k_own, v_own = owns(wg)
 
         def load_own(n: Any) -> None:
             """Ask for this warpgroup's keys and values of item n."""
@@ -120,6 +129,8 @@ def dkv(
             b, head, key_tile, steps = item.b, item.head, item.key_tile, item.steps
             base = key_tile * config.rows + wg * bk
             walk, advanced = item.walk, item.advanced
+            own_seen = own_seen_by_any(recipe, refs, b)
+            own = None if own_seen is None else own_seen.part(base, bk)
 
             def rows_at(r: Any) -> GradientRows:
                 return item.rows_at(r, wg)
@@ -193,6 +204,7 @@ def dkv(
                 rows, (r_next, i_next) = rows_at(r), advanced(r, i)
                 now, following, do_now = slot(n, q_stages), slot(n + 1, q_stages), slot(n, do_stages)
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
+                k_own, v_own = owns(wg + (lax.optimization_barrier(zero) if moves else 0))
                 dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
                     before_dout=lambda: plgpu.barrier_wait(do_ready.at[do_now]),
@@ -234,6 +246,7 @@ def dkv(
             packed = rows_at(zero).keep_words(zero)
             for w in range(n_wg) if fused else (wg,):  # dq takes all keys
                 plgpu.barrier_wait(kv_ready.at[w])
+            clear_own(own, k_own, *([v_own] if needs_v else []))  # fused: ds_ready tells the others
             start, do_start = slot(done, q_stages), slot(done, do_stages)
             plgpu.barrier_wait(q_ready.at[start])
             state = probabilities(products.scores(k_own, q_s.at[start]), zero, zero, done, start, packed)
@@ -291,12 +304,18 @@ def dkv(
         def load(n_item: Any, done: Any) -> Any:
             """The tiles of item n_item, as soon as there is room."""
             item = item_at(n_item)
+            end = done + item.steps
 
             def step(n: Any, carried: Any) -> Any:
-                r, i = carried
+                r, i, asked = carried
                 b, h, t, now, do_now = item.b, item.head(r), item.walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
+                part, following = item.hidden(r, i, asked, n + 1 < end)
+
+                def copy(operand: Any) -> Any:
+                    return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bq, bq, h))
+
                 pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
-                plgpu.copy_gmem_to_smem(at(q_ref, b, t * bq, bq, h), q_s.at[now], q_ready.at[now])
+                bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
                 for ref, target in ((numbers_ref, numbers_s), (words_ref, words_s)):
                     if ref is not None:
                         plgpu.copy_gmem_to_smem(
@@ -304,11 +323,11 @@ def dkv(
                         )
                 operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
                 pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
-                plgpu.copy_gmem_to_smem(at(do_ref, b, t * bq, bq, h), do_s.at[do_now], do_ready.at[do_now])
-                return item.advanced(r, i)
+                bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
+                return following
 
-            lax.fori_loop(done, done + item.steps, step, (zero, zero))
-            return done + item.steps
+            lax.fori_loop(done, end, step, (zero, zero, item.asked(zero, zero)))
+            return end
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
@@ -340,6 +359,7 @@ def dkv(
             "numbers_s": smem((q_stages, operands.numbers, bq), jnp.float32),
             **({"sum_s": smem((n_wg, bk), jnp.float32)} if adds_up else {}),
             **operands.bias_ring(config),
+            **operands.came,
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
             **({
                 "ds_s": tile((2, config.rows), bq, dtype),

@@ -33,6 +33,7 @@ from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows
+from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any, seen_by_any
 from pallas_kernels.hopper_memory import rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
@@ -56,12 +57,14 @@ def dq(
     v_stages = config.brief_stages
     items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), config.row_tiles)
     several = config.row_tiles > 1  # then results leave from memory of their own
+    early = config.early and not stores
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, q_s: Any, do_s: Any, k_s: Any, v_s: Any, own_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
-               v_free: Any, out_s: Any = None, sum_s: Any = None, ds_s: Any = None, **ring: Any) -> None:  # fmt: skip
+               v_free: Any, out_s: Any = None, sum_s: Any = None, ds_s: Any = None, came: Any = None,
+               **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
         ds_ref: Any = None
         if stores:
@@ -84,6 +87,8 @@ def dq(
             """Item n, `done` tiles into the ring."""
             b, h, row_tile = items.at(program, n)
             base = row_tile * config.rows + wg * bq
+            own_seen = own_seen_by_any(recipe, refs, b, h)
+            own = None if own_seen is None else own_seen.part(base, bq)
             rows = GradientRows.of(recipe, refs, b, h, row_tile, wg)
 
             def number(which: int) -> Any:
@@ -114,12 +119,29 @@ def dq(
 
             packed, (now, v_now) = rows.keep_words(0), (slot(done, of) for of in (stages, v_stages))
             plgpu.barrier_wait(own_ready.at[wg])
+            clear_own(own, q_s.at[wg], do_s.at[wg])
             plgpu.barrier_wait(k_ready.at[now])
             state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=zero, number=done, packed=packed)
-            plgpu.barrier_wait(v_ready.at[v_now])
-            dp = products.scores(do_s.at[wg], v_s.at[v_now])
-            plgpu.barrier_arrive(v_free.at[v_now])
-            ds, *sums = gradient(state, dp, *([filled((bq,), 0.0, ROW)] if adds_up else []), i=zero)
+            sums, steps = (filled((bq,), 0.0, ROW),) if adds_up else (), rows.walk.steps
+
+            def waiting(state: Any) -> Any:
+                return tuple(x.astype(dtype if config.half else jnp.float32) for x in state)
+
+            def early_step(i: Any, carried: Any, last: bool = False) -> Any:
+                acc, state, sums = carried
+                nth, packed = done + i, [] if last else rows.keep_words(i + 1)
+                now, following, v_now = slot(nth, stages), slot(nth + 1, stages), slot(nth, v_stages)
+                own = wg + lax.optimization_barrier(zero)  # else 64 registers hold where each piece of q and dout lies, and spill
+                acc, _, state, sums = products.keys_step(
+                    q_s.at[own], k_s.at[now], do_s.at[own], v_s.at[v_now], acc, None, state, None if last else k_s.at[following],
+                    dtype=dtype, before_dout=lambda: plgpu.barrier_wait(v_ready.at[v_now]),
+                    after_dout=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
+                    before_next=lambda: plgpu.barrier_wait(k_ready.at[following]), weights=rows.weights,
+                    gradient=functools.partial(gradient, i=i), sums=sums,
+                    probabilities=lambda s: waiting(rows.probabilities(s, lambda: top, i=i + 1, number=nth + 1, packed=packed)),
+                )  # fmt: skip
+                plgpu.barrier_arrive(k_free.at[now])
+                return acc, state, sums
 
             def step(i: Any, carried: Any) -> Any:
                 acc, ds, sums = carried
@@ -137,19 +159,29 @@ def dq(
                     store(carried[1], i)
                 return carried
 
-            ds = ds.astype(dtype)
-            if is_operand:
-                store(ds, zero)
-            carried, steps = (filled((bq, E), 0.0, TILE), ds, tuple(sums)), rows.walk.steps
+            if early:
+                waits = waiting(state)
+            else:
+                plgpu.barrier_wait(v_ready.at[v_now])
+                dp = products.scores(do_s.at[wg], v_s.at[v_now])
+                plgpu.barrier_arrive(v_free.at[v_now])
+                ds, *sums = gradient(state, dp, *sums, i=zero)
+                waits = ds.astype(dtype)
+                if is_operand:
+                    store(waits, zero)
+            carried, first = (filled((bq, E), 0.0, TILE), waits, tuple(sums)), 0 if early else 1
             if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
-                carried = lax.fori_loop(1 + zero, steps + zero, step, carried)
+                carried = lax.fori_loop(first + zero, steps - 1 + first + zero, early_step if early else step, carried)
+            if early:
+                carried = early_step(steps - 1 + zero, carried, last=True)
             if several:
                 plgpu.commit_smem()
                 pl.when(n + 1 < count)(lambda: load_own(n + 1))
-            end = slot(done + steps - 1, stages)
             acc, ds, sums = carried
-            acc = products.add(acc, ds, k_s.at[end])
-            plgpu.barrier_arrive(k_free.at[end])
+            if not early:
+                end = slot(done + steps - 1, stages)
+                acc = products.add(acc, ds, k_s.at[end])
+                plgpu.barrier_arrive(k_free.at[end])
             acc = acc * operands.scale_of(shape, refs, b)
             target = q_s if out_s is None else out_s
             if several:
@@ -181,17 +213,28 @@ def dq(
             b, h, row_tile = items.at(program, n)
             walk = walk_of(recipe, refs, b, h, row_tile, row_tile * config.rows, config.rows)
             kv_head = lax.div(h, np.int32(shape.group))
+            seen = seen_by_any(recipe, refs, b)
 
-            def step(i: Any, _: Any) -> None:
+            def asked(i: Any) -> tuple[Any, ...]:
+                return () if seen is None else seen.asked(walk.tile(i) * bk, bk)
+
+            def step(i: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
                 number, t = done + i, walk.tile(i)
                 now, v_now = slot(number, stages), slot(number, v_stages)
+                part = None if seen is None else seen.part(t * bk, bk, found)
+                following = asked(visits.least(i + 1, walk.steps - 1))
+
+                def copy(operand: Any) -> Any:
+                    return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bk, bk, kv_head))
+
                 operands.bring_bias(refs, config, b, h, row_tile, t, number)
                 pl.when(number >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
-                plgpu.copy_gmem_to_smem(at(k_ref, b, t * bk, bk, kv_head), k_s.at[now], k_ready.at[now])
+                bring(copy(k_ref), k_s.at[now], k_ready.at[now], part, came)
                 pl.when(number >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_now]))
-                plgpu.copy_gmem_to_smem(at(v_ref, b, t * bk, bk, kv_head), v_s.at[v_now], v_ready.at[v_now])
+                bring(copy(v_ref), v_s.at[v_now], v_ready.at[v_now], part, came)
+                return following
 
-            lax.fori_loop(zero, walk.steps + zero, step, None)
+            lax.fori_loop(zero, walk.steps + zero, step, asked(zero))
             return done + walk.steps
 
         def load_all() -> None:
@@ -224,6 +267,7 @@ def dq(
             **({"out_s": tile((n_wg, bq), E, dtype)} if several else {}),
             **({"sum_s": plgpu.SMEM((n_wg, bq), jnp.float32)} if adds_up else {}),
             **operands.bias_ring(config),
+            **operands.came,
             **({"ds_s": operands.bias_tile((n_wg, bq), bk)} if stores else {}),
         },
         interpret=interpret,

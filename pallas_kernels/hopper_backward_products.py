@@ -125,6 +125,8 @@ class BackwardWgmma(Wgmma):
 
             dp = first() if dk is None else pl.run_scoped(first, plgpu.ACC(tile, jnp.float32))
             ds = None
+            if dv is None:
+                after_dout()
             if dk is not None:
                 ds, *found = gradient(wide(state), dp, *(ref[...] for ref in refs["sums"]))
                 ds = ds.astype(dtype)
@@ -143,16 +145,62 @@ class BackwardWgmma(Wgmma):
                     plgpu.wgmma(refs["dk"], ds, q)
                 return
             s = pl.run_scoped(second, plgpu.ACC(tile, jnp.float32))
-            after_dout()
+            if dv is not None:
+                after_dout()
             for ref, new in zip(refs["state"], probabilities(s), strict=True):
                 ref[...] = new
 
         refs: dict[str, Any] = {"state": state, "sums": tuple(sums)}
         refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
         after = pl.run_state(stage)(refs)
-        if q_next is None:
+        if q_next is None and dv is not None:
             after_dout()
         return after.get("dk"), after.get("dv"), after["state"], after["sums"]
+
+    def role_step(
+        self, own: Any, tile: Any, acc: Any, x: Any, before: Any, *, before_tile: Callable[[], None],
+        before_last: Callable[[], None], after_last: Callable[[], None], elementwise: Callable[..., tuple[Any, ...]],
+        sums: Sequence[Any] = (), plain: bool = False,
+    ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
+        """(acc + x @ before, the next x, the next sums): x (keys, queries) in half precision, in registers; `before` the tile of
+        the step before. elementwise(own @ tile.T, *sums) -> (the next x, *sums), float32.
+
+        plain: acc's product first, and nothing in flight under `elementwise`; `before` is given back early.
+        """
+        if self.interpret:
+            before_last()
+            acc = self.add(acc, x, before)
+            after_last()
+            before_tile()
+            new, *found = elementwise(self.scores(own, tile), *sums)
+            return acc, new.astype(x.dtype), tuple(found)
+
+        def stage(refs: Any) -> None:
+            acc_ref, x_ref, *sum_refs = refs
+
+            def products(s_ref: Any) -> Any:
+                if plain:
+                    before_last()
+                    plgpu.wgmma(acc_ref, x, before)
+                before_tile()
+                plgpu.wgmma(s_ref, own, tile.transpose((1, 0)))
+                if plain:
+                    plgpu.wgmma_wait(1)
+                    after_last()
+                else:
+                    before_last()
+                    plgpu.wgmma(acc_ref, x, before)
+                return plgpu.wgmma_accumulator_load(s_ref, wait_n=0 if plain else 1)
+
+            s = pl.run_scoped(products, plgpu.ACC((own.shape[0], tile.shape[0]), jnp.float32))
+            found = lax.optimization_barrier(elementwise(s, *(ref[...] for ref in sum_refs)))
+            for ref, new in zip((x_ref, *sum_refs), found, strict=True):
+                ref[...] = new
+
+        acc, x32, *found = pl.run_state(stage)((plgpu.ACC.init(acc), _unset(x.shape), *sums))
+        if not plain:
+            after_last()
+        return acc, x32.astype(x.dtype), tuple(found)  # narrowed when the product that reads the last x is done (C7513)
 
     def product(self, a: Any, b: Any) -> Any:
         """a @ b, both in shared memory, float32."""

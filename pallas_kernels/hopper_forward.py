@@ -31,20 +31,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape, has_ids
+from pallas_kernels.hopper_hidden import hidden_by_numbers, seen_by_any, words
 from pallas_kernels.hopper_keys import Ring
 from pallas_kernels.hopper_memory import rows_of, tile, transforms
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
-from pallas_kernels.hopper_scores import Recipe, Refs, Rows, seen_by_any, shared, survivor_scale, walk_of
+from pallas_kernels.hopper_scores import Recipe, Refs, Rows, shared, survivor_scale, walk_of
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
 
 
 def forward(
     shape: ForwardShape, config: ForwardConfig, mask: Any = None, *, bias: Any = None, keep: Any = None, generator: Any = None,
-    interpret: Any = None,
+    told: bool = False, interpret: Any = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:  # fmt: skip
-    """A function (query, key, value, *, mask_arrays, bias, keep, sinks, seeds, scale) -> (out, lse).
+    """A function (query, key, value, *, mask_arrays, bias, keep, sinks, seeds, scale, seen) -> (out, lse).
 
     `out = softmax(scale * q @ k.T + bias, kept keys) @ v`, lse (B, Hq, L) natural and float32. TMA wants lengths in eights: the
     arrays may be longer than the shape's L and S, by zeros; out is as long as query. Head dims are multiples of 16.
@@ -54,6 +55,7 @@ def forward(
         bias, keep: a float and a bool array (B|1, Hq|1, L|1, S|1), here what has their shape and dtype. A bias as large as the
             scores may be longer by anything.
         generator: what makes dropout bits, with `query_words`, `key_words`, `keep_words` and `rounded`; None without dropout.
+        told: there is a `seen`, `hopper_hidden.seen_keys`, which says whose values may hold anything.
         interpret: `plgpu.InterpretGPUParams` to run it without a GPU.
     """
     B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
@@ -64,11 +66,10 @@ def forward(
     own_out = config.own_out(E, Ev)  # results leave from memory of their own, `width` columns at a time; else from q's
     width = config.out_columns(E, Ev)
     arrays, structure = jax.tree.flatten(mask)
-    by_ids = has_ids(mask)
-    lo, hi = (0, S) if mask is None or by_ids else mask.kv_range(0, L, L, S)
+    by_ids, hides = has_ids(mask), hidden_by_numbers(mask, L, S)
     recipe = Recipe(
         shape, config, None if mask is None else structure, by_ids, is_prefix=mask is None or mask.is_prefix,
-        hides=not (isinstance(lo, int) and isinstance(hi, int) and (lo, hi) == (0, S)),
+        hides=hides,
         bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
         generator=generator, products=Wgmma(interpret is not None),
     )  # fmt: skip
@@ -87,6 +88,7 @@ def forward(
             sinks=next(given) if shape.sinks else None,
             seeds=next(given) if recipe.drops else None,
             scale=next(given) if shape.scale is None else None,
+            seen=next(given) if told else None,
             bias_s=bias_s, bias_ready=bias_ready, bias_free=bias_free,
         )  # fmt: skip
         out_ref, lse_ref = given
@@ -218,7 +220,7 @@ def forward(
             "lse_s": smem((n_wg, bq), jnp.float32),
             **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned else {}),
             "q_ready": barrier(num_barriers=q_slots),
-            **Ring.barriers(config, hides=recipe.hides),
+            **Ring.barriers(config, hides=hides or told),
             **({
                 "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=bias_transforms),
                 "bias_ready": barrier(num_barriers=config.bias_stages),
@@ -230,13 +232,13 @@ def forward(
 
     def run(
         query: Any, key: Any, value: Any, *, mask_arrays: Sequence[Any] = (), bias: Any = None, keep: Any = None, sinks: Any = None,
-        seeds: Any = None, scale: Any = None,
+        seeds: Any = None, scale: Any = None, seen: Any = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         whole = jax.tree.unflatten(structure, mask_arrays)
         more = []
         if keep is not None:
-            words = dense.pack(keep, config.rows, bk)
-            more += [visits.listed(words, whole, config.rows, L, S, bk), words]
+            packed = dense.pack(keep, config.rows, bk)
+            more += [visits.listed(packed, whole, config.rows, L, S, bk), packed]
         elif by_ids:
             more.append(visits.table(whole, config.rows, L, S, bk))
         if by_ids:  # a tile's ids are loaded whole
@@ -249,6 +251,8 @@ def forward(
             more.append(jnp.broadcast_to(seeds, (B, Hq, seeds.shape[-1])))
         if shape.scale is None:
             more.append(scale.astype(jnp.float32))
+        if seen is not None:
+            more.append(words(seen, bk))
         out, lse = call(query, key, value, *mask_arrays, *more)
         return out, lse[:, :, :L]
 

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import WalkConfig
+from pallas_kernels.hopper_hidden import Part, seen_by_any
 from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, scale_at, walk_of
 from pallas_kernels.online_softmax import LOG2E
 
@@ -99,6 +100,7 @@ class KeyItem:
     """A key tile of `rows` keys, and what a program of dk and dv walks for it: query tiles of each query head of a group's share.
 
     own_head: of B, H * split (`WalkConfig.split`). Steps are counted by (r, i): the i-th query tile of the share's r-th head.
+    table_walk: where a table has it, the walk of every head: looked up once, not in every step, which would wait for memory.
     """
 
     recipe: Recipe
@@ -109,6 +111,13 @@ class KeyItem:
     b: Any
     own_head: Any
     key_tile: Any
+    table_walk: visits.RangeWalk | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, refs: Refs, group: int, split: int, rows: int, b: Any, own_head: Any, key_tile: Any) -> KeyItem:
+        item = cls(recipe, refs, group, split, rows, b, own_head, key_tile)
+        by_table = recipe.has_ids and recipe.keep_kind is None
+        return dataclasses.replace(item, table_walk=item.walk(0 * key_tile)) if by_table else item
 
     @property
     def kv_head(self) -> Any:
@@ -131,6 +140,8 @@ class KeyItem:
         return first + r if self.split == 1 else first + self._begin(self._share) + r
 
     def walk(self, r: Any) -> Any:
+        if self.table_walk is not None:
+            return self.table_walk
         return walk_of(self.recipe, self.refs, self.b, self.head(r), self.key_tile, self.key_tile * self.rows, self.rows)
 
     def advanced(self, r: Any, i: Any) -> tuple[Any, Any]:
@@ -139,6 +150,20 @@ class KeyItem:
             return r, i + 1
         more = i + 1 < self.walk(r).steps
         return lax.select(more, r, r + 1), lax.select(more, i + 1, 0 * i)
+
+    def asked(self, r: Any, i: Any) -> tuple[Any, ...]:
+        """What says which queries of step (r, i) are hidden from all keys."""
+        seen, n = seen_by_any(self.recipe, self.refs, self.b, self.head(r)), self.recipe.config.block_k
+        return () if seen is None else seen.asked(self.walk(r).tile(i) * n, n)
+
+    def hidden(self, r: Any, i: Any, asked: tuple[Any, ...], goes_on: Any) -> tuple[Part | None, tuple[Any, ...]]:
+        """Of step (r, i), from what was asked a step before; and (r, i, asked) of the next step, this one's in the last."""
+        seen, n = seen_by_any(self.recipe, self.refs, self.b, self.head(r)), self.recipe.config.block_k
+        after = self.advanced(r, i)
+        if seen is None:
+            return None, (*after, ())
+        next_r, next_i = (lax.select(goes_on, new, old) for new, old in zip(after, (r, i), strict=True))
+        return seen.part(self.walk(r).tile(i) * n, n, asked), (next_r, next_i, self.asked(next_r, next_i))
 
     @property
     def steps(self) -> Any:
@@ -150,4 +175,4 @@ class KeyItem:
         return sum((n if self.split == 1 else jnp.where(r < heads, n, zero) for r, n in enumerate(counts)), zero)
 
     def rows_at(self, r: Any, wg: Any) -> GradientRows:
-        return GradientRows.placed(self.recipe, self.refs, self.b, self.head(r), self.key_tile, wg)
+        return GradientRows.placed(self.recipe, self.refs, self.b, self.head(r), self.key_tile, wg, self.table_walk)

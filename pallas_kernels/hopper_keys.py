@@ -18,11 +18,11 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape
-from pallas_kernels.hopper_memory import swizzle_of, tile
+from pallas_kernels.hopper_hidden import Bits, Span, bring
+from pallas_kernels.hopper_memory import tile
 from pallas_kernels.hopper_program import slot
-from pallas_kernels.hopper_scores import TILE, Recipe, Rows, clear, filled
+from pallas_kernels.hopper_scores import TILE, Recipe, Rows, filled
 from pallas_kernels.online_softmax import over_columns
 
 Copy = Callable[[Any, Any], None]  # (a tile in shared memory, the barrier that hears of its bytes)
@@ -69,25 +69,12 @@ class Ring:
         now = self._room(self.k_free, number)
         copy(self.k_s.at[now], self.k_ready.at[now])
 
-    def bring_values(self, number: Any, copy: Copy, t: Any, seen: tuple[Any, Any]) -> None:
-        """The values of key tile t; those of keys outside of [seen) become 0."""
+    def bring_values(self, number: Any, copy: Copy, t: Any, seen: Span | Bits | None) -> None:
+        """The values of key tile t; those of keys that nobody sees become 0."""
+        bk = self.recipe.config.block_k
+        part = None if seen is None else seen.part(t * bk, bk)  # asked before the wait, which hides how long memory takes
         now = self._room(self.v_free, number)
-        shape, bk = self.recipe.shape, self.recipe.config.block_k
-        values, ready = self.v_s.at[now], self.v_ready.at[now]
-        if not self.recipe.hides:
-            copy(values, ready)
-            return
-        cut = (t * bk < seen[0]) | (visits.least((t + 1) * bk, shape.key_len) > seen[1])
-        pl.when(~cut)(lambda: copy(values, ready))
-
-        @pl.when(cut)
-        def _() -> None:
-            copy(values, self.v_came)
-            plgpu.barrier_wait(self.v_came)
-            clear(values, t * bk, *seen, columns=swizzle_of(shape.value_head_dim, shape.dtype)[1])
-            plgpu.commit_smem()
-            for _ in range(self.copies):
-                plgpu.barrier_arrive(ready)
+        bring(copy, self.v_s.at[now], self.v_ready.at[now], part, self.v_came, self.copies)
 
     @property
     def rings(self) -> list[tuple[Any, Any, int]]:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig, has_ids
+from pallas_kernels.hopper_hidden import hidden_by_numbers, words
 from pallas_kernels.hopper_memory import transforms
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_program import slot
@@ -70,14 +71,21 @@ class Operands:
     generator: Any
     names: tuple[str, ...]
     arrays: tuple[jax.Array, ...]
+    hides: bool = False
+    own_hides: bool = False
 
     @classmethod
     def of(
         cls, shape: ForwardShape, config: WalkConfig, mask: Any, *, keep: Any = None, bias: Any = None, seeds: Any = None,
-        scale: Any = None, generator: Any = None, transposed: bool = False,
+        scale: Any = None, generator: Any = None, seen_keys: Any = None, seen_queries: Any = None, transposed: bool = False,
     ) -> Operands:  # fmt: skip
-        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None."""
+        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
+
+        seen_keys, seen_queries: (B|1, Hq|1, length) bool, who may not hold anything; where numbers hide keys, they say so.
+        """
         rows, columns = shape.query_len, shape.key_len
+        by_numbers = seen_keys is None and hidden_by_numbers(mask, rows, columns)
+        own_seen, seen = (seen_keys, seen_queries) if transposed else (seen_queries, seen_keys)
         if transposed:
             mask = None if mask is None else mask.transposed()
             keep, bias = (None if x is None else jnp.swapaxes(x, 2, 3) for x in (keep, bias))
@@ -86,8 +94,8 @@ class Operands:
         by_ids = has_ids(mask)
         given: dict[str, Any] = {}
         if keep is not None:
-            words = dense.pack(keep, config.rows, config.block_k)
-            given |= {"table": visits.listed(words, mask, config.rows, rows, columns, config.block_k), "keep": words}
+            packed = dense.pack(keep, config.rows, config.block_k)
+            given |= {"table": visits.listed(packed, mask, config.rows, rows, columns, config.block_k), "keep": packed}
         elif by_ids:
             given["table"] = visits.table(mask, config.rows, rows, columns, config.block_k)
         if by_ids:  # a tile's ids are loaded whole
@@ -103,10 +111,14 @@ class Operands:
             given["seeds"] = jnp.broadcast_to(seeds, (shape.batch, shape.q_heads, seeds.shape[-1]))
         if shape.scale is None:
             given["scale"] = scale.astype(jnp.float32)
+        if seen is not None:
+            given["seen"] = words(seen, config.block_k)
+        if own_seen is not None:
+            given["own_seen"] = words(own_seen, config.rows)
         names = (*("mask" for _ in arrays), *given)
         return cls(
             None if mask is None else structure, by_ids, None if keep is None else dense.kind(keep), kind, generator, names,
-            (*arrays, *given.values()),
+            (*arrays, *given.values()), hides=by_numbers and not transposed, own_hides=by_numbers and transposed,
         )  # fmt: skip
 
     @property
@@ -117,9 +129,14 @@ class Operands:
         """What `hopper_scores` wants to know; shape: of this orientation."""
         kind = None if self.bias is None else self.bias.kind
         return Recipe(
-            shape, config, self.mask, self.has_ids, is_prefix=False, hides=False, bias_kind=kind, keep_kind=self.keep_kind,
-            generator=self.generator, products=products,
+            shape, config, self.mask, self.has_ids, is_prefix=False, hides=self.hides, bias_kind=kind,
+            keep_kind=self.keep_kind, generator=self.generator, products=products, own_hides=self.own_hides,
         )  # fmt: skip
+
+    @property
+    def came(self) -> dict[str, Any]:
+        """The scratch of a loader that has hidden rows to clear: its barrier for `hopper_hidden.bring`."""
+        return {"came": plgpu.Barrier()} if self.hides or "seen" in self.names else {}
 
     @property
     def numbers(self) -> int:
@@ -138,7 +155,7 @@ class Operands:
         return {
             "bias_s": self.bias_tile((config.bias_stages, config.rows), config.block_k),
             "bias_ready": plgpu.Barrier(num_barriers=config.bias_stages),
-            "bias_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.bias_stages),
+            "bias_free": plgpu.Barrier(num_arrivals=config.rows // config.block_q, num_barriers=config.bias_stages),
         }
 
     def bias_tile(self, rows: tuple[int, ...], columns: int) -> Any:
@@ -159,7 +176,7 @@ class Operands:
         masks = [ref for name, ref in zip(self.names, refs, strict=True) if name == "mask"]
         return Refs(
             masks, found.get("table"), found.get("keep"), found.get("bias"), None, found.get("seeds"), found.get("scale"),
-            ring.get("bias_s"), ring.get("bias_ready"), ring.get("bias_free"),
+            ring.get("bias_s"), ring.get("bias_ready"), ring.get("bias_free"), found.get("seen"), found.get("own_seen"),
         )  # fmt: skip
 
     def bring_bias(self, refs: Refs, config: WalkConfig, b: Any, h: Any, row_tile: Any, column_tile: Any, number: Any) -> None:

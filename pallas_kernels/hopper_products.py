@@ -29,7 +29,11 @@ class Wgmma:
         return result
 
     def read(self) -> None:
-        """After a plain load of what TMA will write again: the interpreter wants to see it ordered, mbarriers order it anyway."""
+        """After a plain load of what TMA will write again, for the interpreter, which wants to see the two ordered.
+
+        In hardware a fence does that (`commit_smem`), and costs a barrier of the warpgroup. It is left out only where what was
+        loaded has been used long before the memory is given back.
+        """
         if self.interpret:
             plgpu.commit_smem()
 

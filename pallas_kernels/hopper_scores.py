@@ -40,8 +40,9 @@ def shared(ref: Any, *index: Any) -> tuple[Any, ...]:
 class Recipe:
     """A call's static facts. mask: its tree, None without one; the kinds are `dense.kind`'s, None without bias or keep.
 
-    is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`); hides: some keys, by numbers, from
-    every query. folded: rows are (heads of a group, L), all in one tile.
+    is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`). hides, own_hides: whether numbers
+    hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
+    one tile.
     """
 
     shape: ForwardShape
@@ -55,6 +56,7 @@ class Recipe:
     generator: Any
     products: Wgmma
     folded: bool = False
+    own_hides: bool = False
 
     @property
     def drops(self) -> bool:
@@ -103,7 +105,10 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """The operands beside q, k and v, in global memory; the ring of bias tiles in shared memory. None: there is none."""
+    """The operands beside q, k and v, in global memory; the ring of bias tiles and the scales of 8-bit keys and values, a pair of
+    them for each tile (`hopper_eight_bits`), in shared memory. None: there is none.
+
+    seen, own_seen: bits of the columns, and of the rows, that are not hidden from everybody (`hopper_hidden`)."""
 
     mask: list[Any]
     table: Any
@@ -115,6 +120,9 @@ class Refs:
     bias_s: Any
     bias_ready: Any
     bias_free: Any
+    seen: Any = None
+    own_seen: Any = None
+    scales_s: Any = None
 
 
 def scale_at(shape: ForwardShape, refs: Refs, b: Any) -> Any:
@@ -144,29 +152,6 @@ def walk_of(recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, q_lo: Any, ro
     return visits.ranges(mask_of(recipe, refs, b), q_lo, rows, shape.query_len, shape.key_len, recipe.config.block_k)
 
 
-def seen_by_any(recipe: Recipe, refs: Refs, b: Any) -> tuple[Any, Any]:
-    """[lo, hi): the keys outside of it are hidden from every query."""
-    if not recipe.hides:
-        return 0, recipe.shape.key_len
-    L, S = recipe.shape.query_len, recipe.shape.key_len
-    return mask_of(recipe, refs, b).kv_range(0, L, L, S)
-
-
-def clear(values: Any, start: Any, lo: Any, hi: Any, columns: int) -> None:
-    """Zeros for the keys outside of [lo, hi) in a tile of values (keys, Ev) whose first one is key `start`: 0 * NaN would be NaN.
-
-    columns: how many at a time, a stretch that lies together in shared memory; 64 rows of them are what few registers hold.
-    """
-    for row in range(0, values.shape[0], 64):
-        at = start + row
-        for column in range(0, values.shape[1], columns):
-            piece = values.at[pl.ds(row, 64), pl.ds(column, columns)]
-            key = plgpu.broadcasted_iota(jnp.int32, (64, columns), 0, layout=TILE)
-            kept = plgpu.layout_cast((key >= lo - at) & (key < hi - at), TILE)
-            found = plgpu.load(piece, layout=TILE)  # pyright: ignore[reportCallIssue]
-            piece[...] = jnp.where(kept, found, jnp.zeros_like(found))
-
-
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """block_q query rows of one head from `base` on, and their walk, whose first `lead` tiles they see nothing of (one step is left
@@ -183,11 +168,11 @@ class Rows:
     words: Any
 
     @classmethod
-    def placed(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any) -> Self:
-        """The rows without dropout's words."""
+    def placed(cls, recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, wg: Any, walk: Any = None) -> Self:
+        """The rows without dropout's words. walk: of the row tile, where it is known."""
         config, lead = recipe.config, 0
         base = tile * config.rows + wg * config.block_q
-        walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows)
+        walk = walk_of(recipe, refs, b, h, tile, tile * config.rows, config.rows) if walk is None else walk
         if not recipe.listed:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
             own = walk_of(recipe, refs, b, h, tile, base, config.block_q)
             if recipe.leads:
@@ -279,9 +264,21 @@ class Rows:
         now, bq = lax.rem(number, np.int32(self.recipe.config.bias_stages)), self._tile[0]
         plgpu.barrier_wait(refs.bias_ready.at[now])
         found = plgpu.load(refs.bias_s.at[now, pl.ds(self.wg * bq, bq)], layout=TILE)  # pyright: ignore[reportCallIssue]
-        self.recipe.products.read()
+        # A plain load may still be on its way when its warpgroup arrives, and TMA does not wait for it: without this fence
+        # rows of the next tile were read, once in 10**4 tiles at D256 (NOTES.md, "A load that TMA overtook").
+        plgpu.commit_smem()
         plgpu.barrier_arrive(refs.bias_free.at[now])
         return found.astype(jnp.float32)
+
+    def _times_scales(self, x: Any, of: int, number: Any) -> Any:
+        """A tile (block_q, block_k), the ring's of that number, times the scales of its 8-bit keys (of = 0), or values (1)."""
+        scales = self.refs.scales_s
+        if scales is None:
+            return x
+        own = scales.at[lax.rem(number, np.int32(scales.shape[0])), of]
+        found = plgpu.load(own, layout=COLUMN, optimized=False)  # pyright: ignore[reportCallIssue]
+        self.recipe.products.read()
+        return x * lax.broadcast_in_dim(found, self._tile, [1])
 
     def _masked(self, s: Any, t: Any, packed: list[Any]) -> Any:
         recipe = self.recipe
@@ -313,6 +310,7 @@ class Rows:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
+        s = self._times_scales(s, 0, number)
         if not recipe.waits:
             s = s * scale_at(shape, refs, self.b)
         if shape.softcap is not None:
@@ -323,6 +321,7 @@ class Rows:
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
             s = self._cut(s, i, t, packed, always=recipe.drops)  # beside the words of dropout a branch spills
         m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
+        p = self._times_scales(p, 1, number)
         if recipe.drops:
             a, c = self.words
             here, k = self._columns(t)

@@ -9,10 +9,14 @@ if not glob.glob("/dev/nvidia[0-9]*"):
 
 import jax
 import pytest
+from harness import forget_programs_when_many
 
 from jax_sdpa.attention import SDPBackend
 
-FLAX = ["test_attention_layer.py", "test_flax_layers.py", "test_gpt.py", "test_minilm.py", "test_qwen2.py", "test_vit.py"]
+FLAX = [
+    *("test_attention_layer.py", "test_eight_bit_cache.py", "test_flax_layers.py", "test_gpt.py"),
+    *("test_minilm.py", "test_qwen2.py", "test_vit.py"),
+]
 collect_ignore = FLAX if os.environ.get("JAX_SDPA_WITHOUT_FLAX") == "1" else []  # elsewhere a missing flax fails them
 
 XLA_BACKENDS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION)
@@ -31,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU is visible"))
+
+
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    if nextitem is not None:
+        forget_programs_when_many()
 
 
 @pytest.fixture(params=XLA_BACKENDS, ids=lambda backend: backend.name)

@@ -16,6 +16,17 @@ from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.masks import Mask, as_mask
 
 
+def forget_programs_when_many(most: int = 20_000) -> None:
+    """Drop the compiled programs once they fill `most` memory maps: Linux lets a process have 65 530 (vm.max_map_count), then XLA dies."""
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            count = sum(1 for _ in maps)
+    except FileNotFoundError:  # not Linux: no such limit
+        return
+    if count > most:
+        jax.clear_caches()
+
+
 def make(
     L: int,
     S: int,
@@ -126,6 +137,31 @@ def poisoned(problem: Problem, stretches: Sequence[tuple[int, int]] | None) -> P
         hidden = np.r_[:start, stop : problem.key.shape[2]]
         problem.key[b, :, hidden], problem.value[b, :, hidden] = np.nan, np.nan
     return problem
+
+
+def quantised(
+    problem: Problem, dtype: Any, scales: str, *, rounded_to: Any = None, stretches: Sequence[tuple[int, int]] | None = None
+) -> tuple[Problem, dict[str, np.ndarray]]:
+    """(the problem whose keys and values are those that 8 bits stand for, {'key', 'value', 'key_scale', 'value_scale'}).
+
+    dtype: int8 or float8_e4m3fn; scales: for each 'key', (B, H, S), each 'head', (1, H, 1), or 'one', (1, 1, 1). rounded_to: of what
+    they stand for; None: exactly. stretches: as `poisoned`, of the 8-bit arrays and the scales.
+    """
+    axes, most = {"key": (3,), "head": (0, 2, 3), "one": (0, 1, 2, 3)}[scales], 127 if dtype == jnp.int8 else 448
+    stand_for, eight = {}, {}
+    for name in ("key", "value"):
+        wide = np.asarray(getattr(problem, name), np.float64)
+        scale = (np.abs(wide).max(axes, keepdims=True) / most).astype(np.float32)
+        x = (np.rint(wide / scale) if dtype == jnp.int8 else wide / scale).astype(dtype)
+        exact = x.astype(np.float64) * scale
+        stand_for[name] = exact if rounded_to is None else exact.astype(np.float32).astype(rounded_to)
+        for b, (start, stop) in enumerate(stretches or ()):
+            hidden = np.r_[:start, stop : x.shape[2]]
+            x[b, :, hidden] = 99 if dtype == jnp.int8 else np.nan
+            if scales == "key":
+                scale[b, :, hidden] = np.nan
+        eight |= {name: x, name + "_scale": scale[..., 0]}
+    return problem.but(**stand_for), eight
 
 
 def assert_same_bits(run: Any, args: Any, times: int) -> Any:

@@ -33,8 +33,8 @@ def make(seed=0, **options):
     return layer
 
 
-def by_definition(layer, x, keep, positions=None):
-    """The layer in NumPy, float64, a query at a time; keep: (B, L, L) bool."""
+def by_definition(layer, x, keep, positions=None, held=None):
+    """The layer in NumPy, float64, a query at a time; keep: (B, L, L) bool; held: keys and values (B, L, H, E) instead of its own."""
 
     def params(module):
         return {
@@ -68,6 +68,7 @@ def by_definition(layer, x, keep, positions=None):
         rotate(norm(project(layer.key), layer.key_norm)),
         project(layer.value),
     )
+    k, v = (k, v) if held is None else (np.asarray(y, np.float64) for y in held)
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, h, i in itertools.product(*map(range, (q.shape[0], q.shape[2], q.shape[1]))):
         group = h * k.shape[2] // q.shape[2]

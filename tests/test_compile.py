@@ -88,7 +88,7 @@ CLEAN = [
     (SHORT, 256, "causal"),
     (LONG, 96, "full"),
 ]
-SPILLS = {(LONG, 128, "dropout"): 4, (SHORT, 256, "full"): 24}  # bytes of spill stores
+SPILLS = {(LONG, 128, "dropout"): 4, (LONG, 128, "packed"): 4, (SHORT, 256, "full"): 24}  # bytes of spill stores
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
     assert max(spills) <= SPILLS.get((shape, E, kind), 0)
     assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
     batch, _, length = shape
-    copies = {"bool": batch * length * length // 4, "packed": 2 * 8 * length * E}  # two bits a score, while packed; the values
+    copies = {"bool": batch * length * length // 4}  # two bits a score, while packed
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     assert temporaries <= copies.get(kind, 0) + 2**20, temporaries
 
@@ -108,6 +108,7 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
 BACKWARD = """
 from jax_sdpa import dropout
 from pallas_kernels import flash_backward
+from pallas_kernels.contracts import BackwardConfig, WalkConfig
 
 here = NamedSharding(mesh_of(1), PartitionSpec())
 E, kind = int(sys.argv[2]), sys.argv[3]
@@ -123,6 +124,9 @@ drop |= dict(deterministic="fused" not in kind)
 
 def call(q, k, v, dout, lse, delta, bias):
     more = dict(bias=bias, row_sum=lse, wants=("query", "bias")) if kind == "bias, dq" else drop
+    if "roles" in kind:
+        dq = WalkConfig(masks_all=True, brief=1, early=True, half=True)
+        more = dict(drop, config=BackwardConfig(dq, WalkConfig(roles=True, plain=True, half=True), dq, dq))
     return flash_backward.backward(q, k, v, dout, lse, delta, layout="BHLE", scale=E**-0.5, mask=mask, **more)
 
 program = jax.jit(call).lower(x, x, x, x, row, row, array(B, H, L, L) if kind == "bias, dq" else array(1)).compile()
@@ -135,6 +139,7 @@ BACKWARD_SPILLS = {  # bytes of spill stores, the larger one of the kernels' and
     (64, "fused"): 24, (64, "fused, causal"): max(76, 92),
     (64, "fused, dropout"): max(124, 132), (64, "fused, causal dropout"): max(280, 288),
     (192, "causal"): max(4, 56), (256, "full"): max(356, 360), (256, "causal"): max(396, 412),
+    (256, "roles, causal"): 44,
 }  # fmt: skip
 
 
@@ -143,7 +148,7 @@ BACKWARD_SPILLS = {  # bytes of spill stores, the larger one of the kernels' and
     ("E", "kind"),
     [
         *((E, kind) for E in (64, 128) for kind in ("full", "causal", "dropout", "causal dropout", "bias, dq")),
-        *((E, kind) for E in (192, 256) for kind in ("full", "causal")),
+        *((E, kind) for E in (192, 256) for kind in ("full", "causal", "roles", "roles, causal")),
         *((64, kind) for kind in ("fused", "fused, causal", "fused, dropout", "fused, causal dropout")),
     ],
 )  # fmt: skip
@@ -165,19 +170,23 @@ from jax_sdpa.attention.bias import sliding_window
 
 here = NamedSharding(mesh_of(1), PartitionSpec())
 B, Hq, H, L, S, E, kind = *map(int, sys.argv[2:8]), sys.argv[8]
-page = 16
+narrow, _, kind = kind.rpartition(" ")
+narrow = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}.get(narrow)
+page = {"pages": 16, "pages64": 64}.get(kind)
 
 def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-def call(q, k, numbers, pages):
-    mask = {"lengths": KeyLengths(numbers), "pages": KeyLengths(numbers), "window": sliding_window(1000, 0, numbers)}.get(kind)
-    more = dict(pages=pages) if kind == "pages" else {}
+def call(q, k, numbers, pages, scales):
+    mask = {"full": None, "window": sliding_window(1000, 0, numbers)}.get(kind, KeyLengths(numbers))
+    more = {} if page is None else dict(pages=pages)
+    more |= {} if narrow is None else dict(key_scale=scales, value_scale=scales)
     return flash_decode.decode(q, k, k, layout="BLHE", scale=E**-0.5, mask=mask, **more)
 
-cache = array(B * S // page, page, H, E) if kind == "pages" else array(B, S, H, E)
+lead = (B, S) if page is None else (B * S // page, page)
 program = jax.jit(call).lower(
-    array(B, L, Hq, E), cache, array(B, dtype=jnp.int32), array(B, S // page, dtype=jnp.int32)
+    array(B, L, Hq, E), array(*lead, H, E, dtype=narrow or jnp.bfloat16), array(B, dtype=jnp.int32),
+    array(B, S // (page or 1), dtype=jnp.int32), array(lead[0], H, lead[1], dtype=jnp.float32),
 ).compile()
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
 text = program.as_text()
@@ -197,6 +206,17 @@ print("of XLA", len(steps), *steps, sep="\\n")
         ((8, 64, 8, 16, 4096, 64), "lengths"),
         ((16, 16, 8, 1, 4096, 256), "lengths"),
         ((1, 28, 4, 1, 32768, 128), "full"),
+        ((64, 28, 4, 1, 4096, 128), "int8 full"),
+        ((64, 28, 4, 1, 4096, 128), "fp8 full"),
+        ((64, 28, 4, 1, 4096, 128), "int8 lengths"),
+        ((64, 28, 4, 1, 4096, 128), "fp8 lengths"),
+        ((64, 28, 4, 1, 4096, 128), "fp8 pages64"),
+        ((64, 28, 4, 1, 4096, 128), "fp8 pages"),
+        ((8, 32, 8, 4, 4096, 128), "fp8 window"),
+        ((8, 64, 8, 16, 4096, 64), "fp8 lengths"),
+        ((8, 64, 8, 16, 4096, 128), "fp8 lengths"),
+        ((16, 16, 8, 1, 4096, 256), "fp8 lengths"),
+        ((16, 64, 8, 8, 4096, 256), "int8 lengths"),
     ],
     ids=str,
 )
@@ -207,11 +227,13 @@ def test_decode_has_no_spills_and_no_copy_of_the_cache(shape, kind, tmp_path):
     assert len(spills) == 2, "ptxas said nothing of the two kernels"
     assert max(spills) == 0
     assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
-    B, Hq, H, L, _, E = shape
+    B, Hq, H, L, S, E = shape
     pieces = 4 * (B * H + 132) * (max(8, Hq // H * L) * max(128, E) + 128)  # float32, and lse
+    scales = 4 * B * H * S if kind.endswith("8 pages") else 0  # those of small pages are gathered
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
-    assert temporaries <= pieces + 4 * B * max(8 * H, Hq) * L * E + 2**16, temporaries
-    assert int(re.findall(r"of XLA\n(\d+)", text)[0]) <= (1 if kind == "full" else 2), text[text.index("of XLA") :]
+    assert temporaries <= pieces + 4 * B * max(8 * H, Hq) * L * E + scales + 2**16, temporaries
+    steps = 1 if kind.endswith("full") else 3 if scales else 2
+    assert int(re.findall(r"of XLA\n(\d+)", text)[0]) <= steps, text[text.index("of XLA") :]
 
 
 PAGES = """

@@ -1,8 +1,9 @@
-"""The Hopper decode kernels in Mosaic's interpreter, with race detection: shares, pieces, merging, pages; and on a GPU.
+"""The Hopper decode kernels in Mosaic's interpreter, with race detection: shares, pieces, merging, pages, 8 bits; and on a GPU.
 
 Programs are few here, so that items are cut in every way; sizes are tiny.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_same_bits, make, poisoned
+from harness import assert_same_bits, make, poisoned, quantised
 from oracle import band, check, lengths
 
 import jax_sdpa
@@ -19,7 +20,8 @@ from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
 from jax_sdpa.device import assume_device
 from pallas_kernels import flash_decode, visits
-from pallas_kernels.decode_tuning import decode_config, shared_bytes
+from pallas_kernels.decode_tuning import decode_config, eight_bit_config, shared_bytes
+from pallas_kernels.flash_attention import up
 from pallas_kernels.shares import Shares
 from pallas_kernels.tuning import SHARED_MEMORY
 
@@ -88,6 +90,10 @@ def test_every_configuration_fits_the_shared_memory(rows):
         config = decode_config(rows=rows, head_dim=E, value_head_dim=Ev)
         assert shared_bytes(config, E, Ev) <= SHARED_MEMORY, (E, Ev)
         assert Ev % config.out_columns(E, Ev) == 0
+        eight_bits = eight_bit_config(rows=rows, head_dim=E, value_head_dim=Ev)
+        assert eight_bits is None or shared_bytes(eight_bits, E, Ev) <= SHARED_MEMORY, (E, Ev)
+    assert eight_bit_config(rows=rows, head_dim=128, value_head_dim=128).narrow_stages >= 3
+    assert (eight_bit_config(rows=rows, head_dim=256, value_head_dim=256) is None) == (rows > 64)
 
 
 @needs_mosaic
@@ -101,10 +107,11 @@ def test_odd_head_dims_lower_for_cuda_which_counts_the_shared_memory(E, Ev, grou
 # --- the kernels
 
 
-def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, page=None, whole=False, poison=None, interpret=True, times=1):  # fmt: skip
+def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=None, page=None, whole=False, poison=None, interpret=True, times=1, eight=None):  # fmt: skip
     """{'out', 'lse'}; with `times`, the same call so often, and the same bits each time. page: keys lie in pages in a random order.
 
-    poison: for each batch entry the stretch of keys that somebody sees; the others, and their values, become NaN.
+    poison: for each batch entry the stretch of keys that somebody sees; the others, and their values, become NaN. eight: keys and
+    values of 8 bits and their scales in place of the problem's, which are what they stand for (`quantised`).
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -115,29 +122,39 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
     B, H, S, E = problem.key.shape
     mask = None if mask is None else mask.with_batch((B,))
     q, k, v = (jnp.asarray(x, dtype) for x in (problem.query, problem.key, problem.value))
-    pages = None
+    scales, pages = {}, None
+    if eight is not None:
+        k, v = (jnp.asarray(eight[name]) for name in ("key", "value"))
+        scales = {name: jnp.asarray(eight[name]) for name in ("key_scale", "value_scale")}
     if page is not None:
         layout, order = "BLHE", rng.permutation(B * (S // page))
         place = np.argsort(order)
         k, v = (jnp.swapaxes(x, 1, 2).reshape(-1, page, H, x.shape[3])[order] for x in (k, v))
         pages = jnp.asarray(place.reshape(B, -1), jnp.int32)
+        scales = {
+            name: x if x.shape[2] == 1 else jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(-1, page, x.shape[1])[order], 1, 2)
+            for name, x in scales.items()
+        }
         q = jnp.swapaxes(q, 1, 2)
     elif layout == "BLHE":
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     rows = problem.query.shape[1] // H * problem.query.shape[2]
     small = DecodeConfig(block_k=64, stages=3, warpgroups=-(-rows // 64), row_tiles=2, queries=2, programs=5)
+    if eight is not None:
+        dims = {"head_dim": up(E, 32), "value_head_dim": up(v.shape[3], 32)}
+        small = dataclasses.replace(eight_bit_config(rows=rows, **dims), narrow_stages=2, programs=5)
     config = config or (small if interpret else None)
     sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
     scale = problem.scale if isinstance(problem.scale, np.ndarray) else float(E**-0.5 if problem.scale is None else problem.scale)
 
-    def run(q, k, v, mask, sinks, pages):
+    def run(q, k, v, mask, sinks, pages, scales):
         return decode(
             q, k, v, layout=layout, scale=jnp.asarray(scale, jnp.float32)[None] if isinstance(scale, np.ndarray) else scale,
-            softcap=problem.softcap, mask=mask, sinks=sinks, pages=pages, whole=whole, config=config,
+            softcap=problem.softcap, mask=mask, sinks=sinks, pages=pages, whole=whole, config=config, **scales,
             interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         )  # fmt: skip
 
-    out, lse = assert_same_bits(run, (q, k, v, mask, sinks, pages), times - 1)
+    out, lse = assert_same_bits(run, (q, k, v, mask, sinks, pages, scales), times - 1)
     return {"out": np.asarray(jnp.swapaxes(out, 1, 2) if layout == "BLHE" else out), "lse": np.asarray(lse)}
 
 
@@ -196,6 +213,60 @@ def test_the_interpreted_kernels_give_the_oracles_numbers(name):
     check(problem, on_kernel(problem, **options))
 
 
+INT8, FP8 = jnp.int8, jnp.float8_e4m3fn
+EIGHT_BITS = {
+    "int8, a scale for each key, lengths, starts": lambda: (
+        make(1, 320, B=3, Hq=4, Hk=2, E=64, keep=lengths(1, 320, STOPS, STARTS)), (INT8, "key"),
+        {"mask": LEFT_PADDED, "poison": list(zip(STARTS, STOPS, strict=True))},
+    ),
+    "fp8, a scale for each key, lengths, (B, L, H, E)": lambda: (
+        make(1, 320, B=3, Hq=4, Hk=2, E=64, keep=lengths(1, 320, STOPS, STARTS)), (FP8, "key"),
+        {"mask": LEFT_PADDED, "layout": "BLHE", "poison": list(zip(STARTS, STOPS, strict=True))},
+    ),
+    "int8, groups of 7, a scale for each head": lambda: (make(1, 328, B=2, Hq=7, Hk=1, E=64), (INT8, "head"), {}),
+    "fp8, odd sizes, one scale": lambda: (make(1, 261, B=2, Hq=3, Hk=1, E=40, Ev=24), (FP8, "one"), {}),
+    "int8, 16 queries, groups of 8: two warpgroups, causal at the end": lambda: (
+        make(16, 320, B=1, Hq=8, Hk=1, E=64, keep=band(16, 320, -1, 0, 304)), (INT8, "key"), {"mask": causal(304)},
+    ),
+    "fp8, a window at traced places, 4 queries": lambda: (
+        make(4, 320, B=2, Hq=2, Hk=1, E=64, keep=band(4, 320, 100, 0, np.array([290, 60]))), (FP8, "key"),
+        {"mask": sliding_window(100, 0, jnp.array([290, 60]))},
+    ),
+    "fp8, softcap, sinks, negative scale": lambda: (
+        make(2, 264, B=1, Hq=4, Hk=2, E=64, softcap=3.0, scale=-0.3, sinks=np.array([0.5, -np.inf, 2.0, 40.0])), (FP8, "key"), {}
+    ),
+    "int8, lengths with sinks, whole": lambda: (
+        make(1, 320, B=3, Hq=2, Hk=1, E=64, keep=lengths(1, 320, STOPS), sinks=np.array([0.5, 1.0])), (INT8, "key"),
+        {"mask": KeyLengths(jnp.array(STOPS)), "whole": True, "poison": [(0, stop) for stop in STOPS]},
+    ),
+    "fp8, E 128, Ev 64": lambda: (make(1, 264, B=1, Hq=4, Hk=1, E=128, Ev=64), (FP8, "key"), {}),
+    "int8, E 64, Ev 160": lambda: (make(1, 264, B=1, Hq=2, Hk=1, E=64, Ev=160), (INT8, "key"), {}),
+    **{
+        f"{narrow.__name__}, pages of {page}, a scale for each {scales}": lambda narrow=narrow, page=page, scales=scales: (
+            make(1, 320, B=3, Hq=4, Hk=2, E=64, keep=lengths(1, 320, STOPS)), (narrow, scales),
+            {"mask": KeyLengths(jnp.array(STOPS)), "page": page, "poison": [(0, stop) for stop in STOPS]},
+        )
+        for narrow, page, scales in [(INT8, 16, "key"), (FP8, 32, "key"), (INT8, 64, "key"), (FP8, 64, "head")]
+    },
+}  # fmt: skip
+
+
+def on_kernel_of_eight_bits(case, **more):
+    """(the problem that the keys and values stand for, what the kernels give)."""
+    problem, (narrow, scales), options = case()
+    stretches = options.pop("poison", None)
+    problem, eight = quantised(problem.rounded(jnp.bfloat16), narrow, scales, stretches=stretches)
+    return problem, on_kernel(problem, eight=eight, **options, **more)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "name", [*list(EIGHT_BITS)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(EIGHT_BITS)[2:])]
+)
+def test_keys_of_eight_bits_give_the_numbers_of_what_they_stand_for(name):
+    check(*on_kernel_of_eight_bits(EIGHT_BITS[name]))
+
+
 MIXED = np.minimum(np.random.default_rng(3).integers(0, 2048, 130), 1024).tolist()
 ON_A_GPU = {
     **CASES,
@@ -224,6 +295,31 @@ def test_the_compiled_kernels_give_the_oracles_numbers_and_the_same_bits(name):
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
     check(problem, on_kernel(problem, **options, interpret=False, times=20))
+
+
+LENGTHS = [4096, 1, 513, 64, 65, 3000, 2048, 0]
+EIGHT_BITS_ON_A_GPU = {
+    **EIGHT_BITS,
+    **{
+        f"{narrow.__name__}, long, {what}": lambda narrow=narrow, options=options: (
+            make(1, 4096, B=8, Hq=14, Hk=2, E=128, keep=lengths(1, 4096, LENGTHS)), (narrow, "key"),
+            {"mask": KeyLengths(jnp.array(LENGTHS)), "poison": [(0, n) for n in LENGTHS], **options},
+        )
+        for narrow in (INT8, FP8)
+        for what, options in (("lengths of every size", {}), ("pages of 16", {"page": 16}), ("pages of 128", {"page": 128}))
+    },
+    "int8, long, head dims of 256": lambda: (make(5, 2048, B=2, Hq=8, Hk=2, E=256), (INT8, "key"), {}),
+    "fp8, long, head dims of 256": lambda: (make(1, 2048, B=2, Hq=14, Hk=2, E=256), (FP8, "key"), {}),
+    "fp8, long, 16 queries of groups of 8": lambda: (make(16, 4096, B=2, Hq=16, Hk=2, E=128), (FP8, "key"), {}),
+    "int8, one sequence in many pieces": lambda: (make(1, 32768, B=1, Hq=4, Hk=4, E=128), (INT8, "key"), {}),
+}  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EIGHT_BITS_ON_A_GPU)
+def test_keys_of_eight_bits_on_a_gpu(name):
+    check(*on_kernel_of_eight_bits(EIGHT_BITS_ON_A_GPU[name], interpret=False, times=20))
 
 
 @needs_mosaic

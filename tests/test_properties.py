@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import make, on_jax
+from harness import forget_programs_when_many, make, on_jax
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import band, check, lengths, same_segment
@@ -168,6 +168,7 @@ def test_random_calls_give_the_oracles_numbers(backend, call):
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(call=calls())
 def test_many_random_calls(backend, call):
+    forget_programs_when_many()  # 300 examples are some 300 programs times a hundred maps
     problem, mask = call
     problem = problem.rounded(np.float32)
     check(problem, on_jax(problem, backend, mask=mask, face="jax"))

@@ -594,7 +594,7 @@ def test_a_number_of_splits_is_a_hint_and_numpy_will_do():
     np.testing.assert_allclose(call(num_splits=4, **given, query=np.ones((6, 4, 8), np.float32)), np.ones((6, 4, 8)), atol=1e-6)
 
 
-def test_every_parameter_is_torchs_and_reaches_the_request():
+def test_every_parameter_reaches_the_request():
     import inspect
 
     assert list(inspect.signature(varlen_attn).parameters) == list(inspect.signature(check_varlen.varlen_request).parameters)

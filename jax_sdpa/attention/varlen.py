@@ -43,6 +43,8 @@ def varlen_attn(
     seqused_k: Any = None,
     block_table: Any = None,
     num_splits: int | None = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of N packed sequences, each to its own keys alone; no padding anywhere, and sequences skip one another's blocks.
 
@@ -76,6 +78,8 @@ def varlen_attn(
         num_splits: None, or an int >= 1: how often a sequence's keys may be split. 1 asks for the same bits for a sequence alone
             and in any batch: FLASH keeps that with a `block_table` and max_q of at most 16, max_q * Hq / H of at most 128; all
             else is refused. Other numbers are hints, which nothing here needs.
+        key_scale, value_scale: float, broadcastable into (H, T_k), with `block_table` into (pages, H, page), of key and value in
+            int8 or float8_e4m3fn: as in `jax_sdpa.dot_product_attention`.
 
     All arrays may be traced: other boundaries, lengths or pages are other numbers of the same program, and compile nothing.
 
@@ -90,8 +94,8 @@ def varlen_attn(
     Differentiable in query, key, value and an array scale. What no query sees may hold anything, NaN included.
 
     FLASH reads the pages of a decode step where they lie: max_q of at most 16, max_q * Hq / H of at most 128, max_pages * page of
-    at least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16. Otherwise, and on the other backends, XLA gathers them
-    into (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
+    at least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16 (8 bits: 32). Otherwise, and on the other backends, XLA
+    gathers them into (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
 
     Source: torch.nn.attention.varlen.varlen_attn, torch 2.13. Differs: runs on every backend and device; the head dim of values may
     be another; lse is (Hq, T_q), as torch's kernels return it (its docstring has it transposed); no `varlen_attn_out`.
@@ -111,7 +115,8 @@ def varlen_attn(
             )
     request, restore = varlen_request(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale, window_size=window_size,
-        enable_gqa=enable_gqa, seqused_k=seqused_k, block_table=block_table, num_splits=num_splits,
+        enable_gqa=enable_gqa, seqused_k=seqused_k, block_table=block_table, num_splits=num_splits, key_scale=key_scale,
+        value_scale=value_scale,
     )  # fmt: skip
     out, lse = restore(*functional.attend(request))
     return (out, lse) if return_aux is not None and return_aux.lse else out

@@ -33,6 +33,11 @@ class Implementation:
         """Whether `run` reads the pages of a request that has some where they lie; else it is given the request `gathered`."""
         return False
 
+    def takes_eight_bits(self, request: SdpaRequest) -> bool:
+        """Whether `run` takes keys and values of 8 bits, of a request that has some; else it is given the request `dequantised`, as
+        the derivatives always are."""
+        return False
+
     def for_device(self, device: Device) -> Implementation:
         """This backend as it runs on the device."""
         return self

@@ -26,7 +26,7 @@ FEW_ROWS = 16
 """Up to so many rows a product is a matrix-vector one: its long operand, the keys, goes to the left."""
 
 
-HALVES = (jnp.bfloat16, jnp.float16)
+BITS = {jnp.dtype(jnp.bfloat16): jnp.uint16, jnp.dtype(jnp.float16): jnp.uint16, jnp.dtype(jnp.float8_e4m3fn): jnp.uint8}
 
 
 def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -35,17 +35,17 @@ def loop(start: Any, end: Any, body: Callable[[Any, Any], Any], carry: Any) -> A
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """16-bit floats as uint16, others as they are.
+    """16-bit floats as uint16, 8-bit ones as uint8, others as they are.
 
-    XLA's CPU backend has no slices of 16-bit floats: it widens the whole array to float32 and keeps that through the loop (6
+    XLA's CPU backend has no slices of such floats: it widens the whole array to float32 and keeps that through the loop (6
     times the bytes of q in temporaries for bfloat16, L = 16384). It does have them of integers.
     """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype in HALVES else x
+    return lax.bitcast_convert_type(x, BITS[x.dtype]) if x.dtype in BITS else x
 
 
 def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
-    """What `as_bits` was given: `dtype` tells which 16-bit float it was."""
-    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+    """What `as_bits` was given: `dtype` tells which float it was."""
+    return lax.bitcast_convert_type(x, dtype) if x.dtype in (jnp.uint16, jnp.uint8) else x
 
 
 def slice_at(x: jax.Array, starts: Sequence[Any], sizes: Sequence[Any]) -> jax.Array:
@@ -59,7 +59,7 @@ def slice_bits_at(x: jax.Array, starts: Sequence[Any], sizes: Sequence[Any]) -> 
     the loop, and convert and keep the whole of x there (decode of 8 x 8 heads, 4096 keys: 130 MB of temporaries and 61 ms, 2 MB
     and 23 ms so).
     """
-    if x.dtype not in HALVES:
+    if x.dtype not in BITS:
         return slice_at(x, starts, sizes)
     x, *starts = lax.optimization_barrier((x, *(jnp.asarray(start, jnp.int32) for start in starts)))
     return slice_at(as_bits(x), starts, sizes)
@@ -184,7 +184,7 @@ class Chunks:
     def take(self, x: jax.Array, c: Any, start: Any, length: Any, heads: Any = 1, dtype: Any = None) -> jax.Array:
         """A block of q, k, v or out as (n, heads * length, dim), in the dtype of the products or another."""
         starts, sizes = self._box(c, heads, start, length, x.shape[3])
-        block = from_bits(slice_bits_at(x, starts, sizes), self.request.query.dtype)
+        block = from_bits(slice_bits_at(x, starts, sizes), self.request.query.dtype if x.dtype == jnp.uint16 else x.dtype)
         if self.request.spec.layout == "BLHE":
             block = jnp.swapaxes(block, 1, 2)
         return block.reshape(self.n, heads * length, x.shape[3]).astype(self.operand_dtype if dtype is None else dtype)
@@ -259,20 +259,36 @@ class Chunks:
         factor = self.per_head(shared.scale[:, None].astype(rows.dtype))
         return (rows.reshape(self.n, R, -1) * factor).reshape(rows.shape)
 
+    def _wide(self, name: str, c: Any, k0: Any, bk: Any) -> jax.Array:
+        """A block of keys or values, (n, bk, dim); for those of 8 bits what `SdpaRequest.dequantised` makes of them."""
+        x, scale = getattr(self.request, name), getattr(self.request, name + "_scale")
+        if scale is None:
+            return self.take(x, c, k0, bk)
+        box = zip((*self.start(c), k0), (self.nb, self.nh, bk), scale.shape, strict=True)
+        starts, sizes = zip(*((0, 1) if is_one(own) else (at, size) for at, size, own in box), strict=True)
+        own = jnp.broadcast_to(slice_at(scale, starts, sizes), (self.nb, self.nh, bk)).reshape(self.n, bk, 1)
+        block = self.take(x, c, k0, bk, dtype=self.dtype) * own.astype(self.dtype)
+        return block.astype(self.request.query.dtype).astype(self.operand_dtype)
+
     def keys(self, c: Any, k0: Any, bk: Any) -> jax.Array:
         """A block of keys, times their part of the scale: (n, bk, E)."""
-        return scaled(self.take(self.request.key, c, k0, bk), self.factors.keys)
+        return scaled(self._wide("key", c, k0, bk), self.factors.keys)
 
     def values(self, c: Any, k0: Any, bk: Any, masked: bool) -> jax.Array:
         """A block of values: (n, bk, Ev); masked: with zeros for keys that nobody sees, as 0 * NaN would be NaN. Their scores need
         no such care: a mask selects, and never looks at what it hides."""
-        values = self.take(self.request.value, c, k0, bk)
+        values = self._wide("value", c, k0, bk)
         if self.seen is None or not masked:
             return values
         b0, _ = self.start_in(self.seen, c)
         seen = slice_at(self.seen, (b0, k0), (min(self.nb, self.seen.shape[0]), bk))[:, None, :, None]
         by_head = values.reshape(self.nb, self.nh, *values.shape[1:])
         return jnp.where(seen, by_head, jnp.zeros((), values.dtype)).reshape(values.shape)
+
+
+def is_one(size: Any) -> bool:
+    """Whether a dim is broadcast; a symbolic one is none."""
+    return isinstance(size, int) and size == 1
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

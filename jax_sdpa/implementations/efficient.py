@@ -210,6 +210,9 @@ class Efficient(Implementation):
             return ["Memory efficient attention needs a number of heads that is a number; here it is symbolic."]
         return []
 
+    def takes_eight_bits(self, request: SdpaRequest) -> bool:
+        return True  # a block at a time
+
     def _plan(self, request: SdpaRequest, direction: str) -> plans.Plan:
         return plans.cpu_plan(request, direction) if self.on_cpu else plans.wide_plan(request)
 

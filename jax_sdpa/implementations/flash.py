@@ -18,7 +18,7 @@ from jax_sdpa.implementations.base import Implementation, Tangents, symbolic_siz
 from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
 from pallas_kernels import dense, flash_attention, flash_backward, flash_decode
-from pallas_kernels.contracts import has_ids
+from pallas_kernels.contracts import SCALES_OF_PAGE, has_ids
 
 DTYPES = ("float16", "bfloat16")
 ARCHITECTURE = (9, 0)  # Hopper: wgmma and TMA
@@ -65,8 +65,9 @@ class Flash(Implementation):
 
     def notes(self, request: SdpaRequest, device: Device) -> tuple[str, ...]:
         decodes, sizes, wrt = _is_decode(request), (request.key_len, request.head_dim, request.value_head_dim), request.spec.wrt
+        eight_bits = self.takes_eight_bits(request)
         if decodes:
-            names = () if self.takes_pages(request) else flash_decode.padding(*sizes)
+            names = () if self.takes_pages(request) else flash_decode.padding(*sizes, eight_bits=eight_bits)
         else:
             names = flash_attention.padding(request.query_len, *sizes, dense.tile_bytes(request.bias))
         reasons = _against_kernels(request, wrt or tuple(name for name in ("bias", "scale") if getattr(request, name) is not None))
@@ -80,13 +81,12 @@ class Flash(Implementation):
         if decodes:
             shared = "one sequence after another" if request.spec.batch_invariant else "shared out over the chip"
             notes.append(f"The decode kernels run it: keys are read once for a group's heads, {shared}.")
+        if eight_bits and self.takes_pages(request) and request.key.shape[1] < SCALES_OF_PAGE:
+            notes.append(f"The scales of pages of fewer than {SCALES_OF_PAGE} keys are gathered.")
         if names:
-            notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in sixteens.")
-        if _copies_values(request):
-            notes.append("The values are copied, with zeros in place of those that the mask hides from every query.")
+            step = "thirty-twos" if eight_bits else "sixteens"
+            notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in {step}.")
         if request.pages is None and not (wrt and reasons):
-            if _may_hide(request) or _may_be_empty(request):
-                notes.append("Gradients copy what the mask hides, keys, values or queries, with zeros in its place.")
             if dense.tile_bytes(request.bias):
                 notes.append("Gradients of key and value copy the bias, transposed.")
                 if request.bias.shape[0] != request.batch and (not wrt or "bias" in wrt):
@@ -120,10 +120,19 @@ class Flash(Implementation):
     def takes_pages(self, request: SdpaRequest) -> bool:
         if request.pages is None or symbolic_sizes(request) or compat.is_symbolic(request.key.shape[0]):
             return False
+        eight_bits = request.key_scale is not None
+        if eight_bits and not self.takes_eight_bits(request):
+            return False  # what is gathered is less to widen than a pool
         pages, page, _, E = request.key.shape
         return _is_decode(request) and flash_decode.takes_pages(
-            pages=pages, page=page, head_dim=E, value_head_dim=request.value_head_dim
+            pages=pages, page=page, head_dim=E, value_head_dim=request.value_head_dim, eight_bits=eight_bits
         )
+
+    def takes_eight_bits(self, request: SdpaRequest) -> bool:
+        if request.key_scale is None or symbolic_sizes(request) or not _is_decode(request):
+            return False
+        dims = {"head_dim": request.head_dim, "value_head_dim": request.value_head_dim}
+        return flash_decode.takes_eight_bits(query_dtype=request.query.dtype, rows=request.group * request.query_len, **dims)
 
     def run(self, request: SdpaRequest) -> tuple[jax.Array, jax.Array]:
         spec = request.spec
@@ -132,11 +141,11 @@ class Flash(Implementation):
                 request.query, request.key, request.value, layout=spec.layout,
                 scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
                 mask=request.mask if request.masks else None, sinks=request.sinks, pages=request.pages,
+                key_scale=request.key_scale, value_scale=request.value_scale,
                 whole=spec.batch_invariant, interpret=self.interpret,
             )  # fmt: skip
-        value = scores.seen_only(request, request.value) if _copies_values(request) else request.value
         return flash_attention.forward(
-            request.query, request.key, value, layout=spec.layout,
+            request.query, request.key, request.value, layout=spec.layout,
             scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
             mask=request.mask if request.masks else None, bias=request.bias, keep=request.keep_mask, sinks=request.sinks,
             seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, interpret=self.interpret,
@@ -150,11 +159,10 @@ class Flash(Implementation):
     ) -> Tangents:
         if _against_kernels(request, wrt):
             return _XLA.backward(request, out, lse, dout, dlse, wrt)
-        spec, query = request.spec, request.query
+        spec = request.spec
         dout = jnp.zeros_like(out) if dout is None else dout
-        if _may_be_empty(request):
-            query, dout = (scores.existing_only(request, lse, x) for x in (query, dout))
-        delta = scores.row_deltas(request, out, lse, dout, dlse)
+        empty = scores.empty_rows(request, lse) if _may_be_empty(request) else None
+        delta = scores.row_deltas(request, out, lse, dout, dlse, empty)
         found: Tangents = {}
         if "sinks" in wrt:
             found["sinks"] = efficient_backward.sinks_gradient(request, lse, delta)
@@ -163,10 +171,10 @@ class Flash(Implementation):
         if request.bias is not None:
             lse, row_sum = _XLA.row_sums(request, lse)
         return found | flash_backward.backward(
-            query, scores.seen_only(request, request.key), scores.seen_only(request, request.value), dout, lse, delta,
-            layout=spec.layout, scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
+            request.query, request.key, request.value, dout, lse, delta, layout=spec.layout,
+            scale=request.scale if spec.scale is None else spec.scale, softcap=spec.softcap,
             mask=request.mask if request.masks else None, bias=request.bias, row_sum=row_sum, keep=request.keep_mask,
-            seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, wants=wants,
+            seeds=request.dropout_seeds, dropout_p=spec.dropout_p, generator=dropout, empty=empty, wants=wants,
             deterministic=deterministic_ops(), interpret=self.interpret,
         )  # fmt: skip
 
@@ -197,18 +205,6 @@ def _is_decode(request: SdpaRequest) -> bool:
         dense=request.bias is not None or request.keep_mask is not None, drops=request.dropout_seeds is not None,
         whole=request.spec.batch_invariant,
     )  # fmt: skip
-
-
-def _copies_values(request: SdpaRequest) -> bool:
-    """Whether XLA puts zeros in place of values that nobody sees; where a mask says by numbers which these are, the kernel does.
-    Beside a dense mask it may not see the structured one (`flash_attention.hidden_by`)."""
-    return has_ids(request.mask) or (request.keep_mask is not None and _may_hide(request))
-
-
-def _may_hide(request: SdpaRequest) -> bool:
-    """Whether `scores.seen_only` copies: asked of the mask with shapes in place of its arrays."""
-    mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), request.mask)
-    return jax.eval_shape(lambda mask: mask.key_valid(request.query_len, request.key_len), mask) is not None
 
 
 def _may_be_empty(request: SdpaRequest) -> bool:

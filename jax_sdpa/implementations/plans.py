@@ -110,7 +110,7 @@ def reads_in_place(request: SdpaRequest) -> bool:
     if any(map(compat.is_symbolic, (L, S, R, request.batch))) or L * R > FEW_ROWS or request.spec.layout != "BHLE":
         return False
     few_scores = 8 * L * R <= E + request.value_head_dim
-    as_it_is = request.query.dtype in (jnp.float32, jnp.float64)  # halves are widened first, all of them
+    as_it_is = request.query.dtype in (jnp.float32, jnp.float64) and request.key_scale is None  # else all are widened first
     return as_it_is and few_scores and request.batch * request.kv_heads * S * E >= IN_PLACE_KEYS
 
 

@@ -100,8 +100,8 @@ def beside_out(x: jax.Array, heads_axis: int) -> jax.Array:
     return (x if heads_axis == 1 else jnp.swapaxes(x, 1, 2))[..., None]
 
 
-def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Array:
-    """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN.
+def empty_rows(request: SdpaRequest, lse: jax.Array) -> jax.Array:
+    """(B, Hq, L) bool: the rows that attend to nothing.
 
     lse tells which, but where a row has one without any key: that of its sink, or of the keys of other parts. There the masks do.
     """
@@ -110,13 +110,26 @@ def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Arr
         sees = request.mask.transposed().key_valid(request.key_len, request.query_len)
         if sees is not None:
             empty = empty | ~(sees if sees.ndim == 2 else sees[None])[:, None]
-    return jnp.where(beside_out(empty, request.heads_axis), jnp.zeros((), x.dtype), x)
+    return empty
 
 
-def row_deltas(request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any) -> jax.Array:
-    """sum(out * dout) - dlse of every row, (B, Hq, L); the lse of a row that attends to nothing has no derivative."""
+def existing_only(request: SdpaRequest, lse: jax.Array, x: jax.Array) -> jax.Array:
+    """Queries (or output cotangents) with zeros in the rows that attend to nothing: those rows may hold NaN."""
+    return jnp.where(beside_out(empty_rows(request, lse), request.heads_axis), jnp.zeros((), x.dtype), x)
+
+
+def row_deltas(
+    request: SdpaRequest, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: Any, empty: jax.Array | None = None
+) -> jax.Array:
+    """sum(out * dout) - dlse of every row, (B, Hq, L); the lse of a row that attends to nothing has no derivative.
+
+    empty: (B, Hq, L), rows without an out, whose dout may be NaN; None: all are numbers.
+    """
     dlse = None if dlse is None else jnp.where(jnp.isneginf(lse), 0, dlse)
-    return flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
+    if empty is None:
+        return flash_backward.row_deltas(out, dout, dlse, request.heads_axis)
+    delta = jnp.where(empty, 0, flash_backward.row_deltas(out, dout, None, request.heads_axis))
+    return delta if dlse is None else delta - dlse
 
 
 def split_scale(request: SdpaRequest, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_sdpa import compat
 from jax_sdpa.implementations import scores
-from jax_sdpa.implementations.chunks import Chunks, Products, loop, scaled
+from jax_sdpa.implementations.chunks import Chunks, Products, is_one, loop, scaled
 from jax_sdpa.masks import KeyLengths
 from jax_sdpa.request import SdpaRequest
 
@@ -158,8 +158,11 @@ def pad(request: SdpaRequest, bq: Any, bk: Any) -> SdpaRequest:
         if x is None:
             return None
         for axis, more in ((2, more_q), (3, more_k)):
-            x = x if isinstance(x.shape[axis], int) and x.shape[axis] == 1 else _pad_axis(x, axis, more)
+            x = x if is_one(x.shape[axis]) else _pad_axis(x, axis, more)
         return x
+
+    def scales(x: Any) -> Any:
+        return x if x is None or is_one(x.shape[2]) else _pad_axis(x, 2, more_k)
 
     axis = request.length_axis
     masks = tuple(mask.padded(more_q, more_k) for mask in request.masks)
@@ -173,4 +176,6 @@ def pad(request: SdpaRequest, bq: Any, bk: Any) -> SdpaRequest:
         bias=dense(request.bias),
         keep_mask=dense(request.keep_mask),
         masks=masks,
+        key_scale=scales(request.key_scale),
+        value_scale=scales(request.value_scale),
     )

@@ -148,7 +148,8 @@ class Attention(nnx.Module):
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty cache for `batch` sequences of at most `length` tokens each: a ring where the window is shorter.
 
-        dtype: of the keys and values; default: the layer's dtype, or its parameters'.
+        dtype: of the keys and values; default: the layer's dtype, or its parameters'. int8 or float8_e4m3fn: in 8 bits, with a
+            float32 scale per token and head; see `KVCache` for what that loses.
         """
         if not self.is_causal:
             raise ValueError("a cache is for causal attention: an encoder's later tokens change what earlier ones see.")
@@ -202,18 +203,24 @@ class Attention(nnx.Module):
             q, k = self.rope(q, positions), self.rope(k, positions)
         if x.ndim == 3:
             q, k, v = (constrain(y, axes.data, None, axis, None) for y, axis in ((q, axes.q), (k, axes.kv), (v, axes.kv)))
-        after = overflow = None
+        after = overflow = k_scale = v_scale = None
         if cache is not None and chunk is not None:
             overflow = cache.overflows(chunk, L)
-            after, (k, v, mask) = cache.extend(k.astype(cache.key.dtype), v.astype(cache.value.dtype), chunk, self.window)
-            after, q = self._divided(after), q.astype(k.dtype)
+            q, k, v = (y.astype(q.dtype if cache.scaled else cache.key.dtype) for y in (q, k, v))
+            after, (k, v, mask, k_scale, v_scale) = cache.extend(k, v, chunk, self.window)
+            after = self._divided(after)
         else:
             mask = self._mask(chunk if lengths is not None else None, L, padding, segment_ids, mask)
         if axes.repeats > 1:  # each device of a tensor axis wider than the kv heads takes a copy of the one that it needs
             k, v = (constrain(jnp.repeat(y, axes.repeats, -2), axes.data, None, axes.q, None) for y in (k, v))
+            if k_scale is not None and v_scale is not None:
+                k_scale, v_scale = (constrain(jnp.repeat(y, axes.repeats, 1), axes.data, axes.q, None) for y in (k_scale, v_scale))
         dropout = self._dropout(deterministic, rngs)
         sinks = None if self.sinks is None else self.sinks[...]
-        out = dot_product_attention(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, sinks=sinks, **dropout)
+        out = dot_product_attention(
+            q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, sinks=sinks,
+            key_scale=k_scale, value_scale=v_scale, **dropout,
+        )  # fmt: skip
         if lengths is not None and chunk is not None:
             out = jnp.where(chunk.exists(L)[:, :, None, None], out, 0)
         if overflow is not None:
@@ -256,7 +263,11 @@ class Attention(nnx.Module):
     def _divided(self, cache: KVCache) -> KVCache:
         axes = self.axes
         key, value = (constrain(x, axes.data, None, axes.kv, None) for x in (cache.key, cache.value))
-        return dataclasses.replace(cache, key=key, value=value, lengths=constrain(cache.lengths, axes.data))
+        key_scale, value_scale = (
+            None if x is None else constrain(x, axes.data, axes.kv, None) for x in (cache.key_scale, cache.value_scale)
+        )
+        lengths = constrain(cache.lengths, axes.data)
+        return dataclasses.replace(cache, key=key, value=value, lengths=lengths, key_scale=key_scale, value_scale=value_scale)
 
 
 @dataclasses.dataclass(frozen=True)
