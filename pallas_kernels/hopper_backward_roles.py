@@ -13,11 +13,13 @@ Grid, items and walks are those of `hopper_backward_dkv`, with 64 keys an item. 
 
     kv_ready              the warpgroup's keys, or values, have arrived
     q_ready, do_ready     loader -> computers, per stage: the tile has arrived (Q's with its rows' numbers)
-    q_free, do_free       computers -> loader, per stage: both have read it
+    do_free               computers -> loader, per stage: both have read the tile of dO
+    q_free                gradient -> loader, per stage: it has read the tile of Q
     p_ready, p_free       weights -> gradient: p lies in its buffer, one of two (softcap's slope takes the other); and back
 
 Tiles of Q and dO exchange their memory from one turn of the ring to the next: dO is read to its end earlier, and the next Q is what
-is wanted first.
+is wanted first. Only `gradient` says that Q is free: `weights` has read it long before it gives dO back, and is ahead; it could
+speak for the next Q of a stage while the other one still reads the last, and two voices of its own would pass for one of each.
 """
 
 from __future__ import annotations
@@ -136,15 +138,11 @@ def dkv_in_roles(
                     after_last=lambda: plgpu.barrier_arrive(do_free.at[before]),
                     elementwise=functools.partial(weights, n=n, r=r, i=i, packed=packed),
                 )  # fmt: skip
-                products.read()
-                plgpu.barrier_arrive(q_free.at[now])
                 return dv, p
 
             packed, now = rows_at(item, zero).keep_words(zero), slot(done, stages)
             plgpu.barrier_wait(q_ready.at[now])
             (p,) = weights(products.scores(own, q_at(done)), done, zero, zero, packed)
-            products.read()
-            plgpu.barrier_arrive(q_free.at[now])
             dv, p = steps_of(item, done, (filled((bk, E), 0.0, TILE), p.astype(dtype)), step)
             last = done + item.steps - 1
             plgpu.barrier_wait(do_ready.at[slot(last, stages)])
@@ -299,7 +297,7 @@ def dkv_in_roles(
             "kv_ready": barrier(num_barriers=2),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=stages),
             "do_ready": barrier(num_barriers=stages),
-            "q_free": barrier(num_arrivals=2, num_barriers=stages),
+            "q_free": barrier(num_barriers=stages),
             "do_free": barrier(num_arrivals=2, num_barriers=stages),
             "p_ready": barrier(num_barriers=buffers),
             "p_free": barrier(num_barriers=buffers),
