@@ -188,10 +188,9 @@ def variants(case: Decode, several: bool) -> dict[str, tuple[Any, DecodeConfig |
         found[f"{block_k} keys, {stages} stages, {queries} of queries, {programs} programs"] = None, config
     base = eight_bit_config(**sizes)
     assert base is not None
-    for narrow, stages, converters, queries in ((2, 2, 2, 2), (3, 2, 2, 2), (5, 2, 2, 2), (4, 2, 1, 2), (3, 3, 2, 1), (4, 3, 2, 1)):
-        config = dataclasses.replace(base, narrow_stages=narrow, stages=stages, converters=converters, queries=queries)
-        for dtype in EIGHT_BITS:
-            found[f"{dtype.__name__}, {narrow} + {stages} stages, {converters} converters, {queries} of queries"] = dtype, config
+    for stages, programs in ((2, 264), (3, 264), (5, 264), (6, 264), (10, 132)):
+        config = dataclasses.replace(base, stages=stages, programs=programs)
+        found |= {f"{dtype.__name__}, {stages} stages, {programs} programs": (dtype, config) for dtype in EIGHT_BITS}
     return found
 
 

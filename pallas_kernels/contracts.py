@@ -110,14 +110,9 @@ class ForwardConfig:
             raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
-        wanted = " + ".join(f"{n} x {own}" for n, own in self.teams)
-        if 128 * sum(n * own for n, own in self.teams) > 65536:
+        if 128 * (self.warpgroups * self.registers[0] + self.registers[1]) > 65536:
+            wanted = f"{self.warpgroups} x {self.registers[0]} + {self.registers[1]}"
             raise ValueError(f"registers must be at most 512 over all warpgroups, the file of a Hopper SM; {wanted} are more.")
-
-    @property
-    def teams(self) -> tuple[tuple[int, int], ...]:
-        """(warpgroups, registers of a thread) of those that compute, of the one that loads, and of others, in this order."""
-        return (self.warpgroups, self.registers[0]), (1, self.registers[1])
 
     @property
     def rows(self) -> int:
@@ -136,31 +131,10 @@ class ForwardConfig:
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(ForwardConfig):
     """How a decode kernel cuts its work: as a forward kernel, whose rows are a group's heads times a few queries. programs: that
-    share the key tiles, one for each SM.
-
-    narrow_stages: 8-bit tiles of K and of V in flight before they are widened; 0: keys come in half precision. converters:
-    warpgroups that widen them, one for both or one for each. converter_registers: of their threads.
+    share the key tiles, one or more for each SM.
     """
 
     programs: int = 132
-    narrow_stages: int = 0
-    converters: int = 1
-    converter_registers: int = 120
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.converters not in (1, 2):
-            raise ValueError(f"converters must be 1 or 2, one for keys and values or one for each, got {self.converters}.")
-
-    @property
-    def teams(self) -> tuple[tuple[int, int], ...]:
-        own = super().teams
-        return (*own, (self.converters, self.converter_registers)) if self.narrow_stages else own
-
-    @property
-    def scale_stages(self) -> int:
-        """Of the scales of 8-bit keys and values (`hopper_eight_bits` says why)."""
-        return self.narrow_stages + self.stages + 1
 
     def own_out(self, head_dim: int, value_head_dim: int) -> bool:
         return True

@@ -33,38 +33,34 @@ def decode_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeCon
 
 
 def eight_bit_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeConfig | None:
-    """The configuration where keys and values come in 8 bits; None where shared memory does not hold both rings, or where the four
-    warpgroups of two for the rows have too few registers to start with for a product with so many columns.
+    """The configuration where keys and values come in 8 bits; None where the registers do not hold what so many rows need.
 
-    Two tiles in half precision, one of which is read while the other is made, and four in 8 bits, of which two are on their way:
-    32 KB. Not measured.
+    Two programs an SM, whose waits fill one another's. B64 S4096, int8, H100, us: one with 10 stages 105.4; two with 3, 4, 5 and 6
+    stages 103.3, 103.8, 105.0 and 106.8; three do not fit the registers.
 
-    >>> eight_bit_config(rows=7, head_dim=128, value_head_dim=128).narrow_stages
+    >>> eight_bit_config(rows=7, head_dim=128, value_head_dim=128).stages
     4
-    >>> eight_bit_config(rows=128, head_dim=256, value_head_dim=256) is None
+    >>> eight_bit_config(rows=65, head_dim=128, value_head_dim=128) is None
     True
     """
-    warpgroups, wide = cdiv(rows, 64), max(head_dim, value_head_dim) > 128
-    if wide and warpgroups == 2:
+    if rows > 64:
         return None
-    registers, converters, own = ((184, 32), 1, 112) if warpgroups == 2 else ((248, 40), 1, 160) if wide else ((224, 32), 2, 128)
-    config = DecodeConfig(
-        block_k=64, stages=2, warpgroups=warpgroups, registers=registers, row_tiles=2, queries=1 if wide else 2, programs=SMS,
-        narrow_stages=1, converters=converters, converter_registers=own,
-    )  # fmt: skip
-    left = SHARED_MEMORY - shared_bytes(config, head_dim, value_head_dim)
-    if left < 0:
-        return None
-    more = left // (config.block_k * (head_dim + value_head_dim + 2 * 4))
-    return dataclasses.replace(config, narrow_stages=min(4, 1 + more))
+    config = DecodeConfig(block_k=64, stages=2, warpgroups=1, row_tiles=2, queries=2, programs=2 * SMS)
+    stages = next(
+        n for n in (4, 3, 2) if n == 2 or 2 * (eight_bit_bytes(n, rows, head_dim, value_head_dim) + 1024) <= SHARED_MEMORY
+    )
+    return dataclasses.replace(config, stages=stages)
+
+
+def eight_bit_bytes(stages: int, rows: int, head_dim: int, value_head_dim: int) -> int:
+    """Of shared memory: keys and values in 8 bits and their scales, queries, p, results and what warps exchange."""
+    columns, values = cdiv(rows, 8) * 8, cdiv(value_head_dim, 128) * 128
+    return stages * 64 * (head_dim + values + 2 * 4) + columns * (2 * 2 * head_dim + 2 * 64 + 4 * values + 4 + 128)
 
 
 def shared_bytes(config: DecodeConfig, head_dim: int, value_head_dim: int) -> int:
     """Of a program's queries, keys and values, half precision, and of its results, float32, so many columns of them as leave at a
-    time; of keys and values in 8 bits and their scales, where they come so."""
+    time."""
     queries = config.rows * config.queries * head_dim
     keys = config.stages * config.block_k * (head_dim + value_head_dim)
-    narrow = 0
-    if config.narrow_stages:
-        narrow = config.block_k * (config.narrow_stages * (head_dim + value_head_dim) + 2 * 4 * config.scale_stages)
-    return narrow + 2 * (queries + keys) + 4 * config.rows * config.out_columns(head_dim, value_head_dim)
+    return 2 * (queries + keys) + 4 * config.rows * config.out_columns(head_dim, value_head_dim)

@@ -46,8 +46,9 @@ def takes_pages(*, pages: int, page: int, head_dim: int, value_head_dim: int, ei
     >>> takes_pages(pages=1000, page=16, head_dim=128, value_head_dim=128)
     True
     """
-    step = 32 if eight_bits else 16
-    return pages > 0 and page >= 8 and page & (page - 1) == 0 and head_dim % step == value_head_dim % step == 0
+    return pages > 0 and page >= 8 and page & (page - 1) == 0 and whole_dims(head_dim, value_head_dim, eight_bits) == (
+        head_dim, value_head_dim
+    )  # fmt: skip
 
 
 def takes_eight_bits(*, query_dtype: Any, rows: int, head_dim: int, value_head_dim: int) -> bool:
@@ -57,15 +58,27 @@ def takes_eight_bits(*, query_dtype: Any, rows: int, head_dim: int, value_head_d
     >>> takes_eight_bits(query_dtype=jnp.bfloat16, rows=7, head_dim=128, value_head_dim=128)
     True
     """
-    dims = {"head_dim": up(head_dim, 32), "value_head_dim": up(value_head_dim, 32)}
-    return query_dtype == jnp.bfloat16 and eight_bit_config(rows=rows, **dims) is not None
+    E, Ev = whole_dims(head_dim, value_head_dim, True)
+    return query_dtype == jnp.bfloat16 and eight_bit_config(rows=rows, head_dim=E, value_head_dim=Ev) is not None
 
 
 def padding(key_len: int, head_dim: int, value_head_dim: int, *, eight_bits: bool = False) -> tuple[str, ...]:
     """Which of key and value are copied to be padded, by name; the few queries are copied into rows where they do not lie so."""
-    return tuple(
-        name for name, dim in (("key", head_dim), ("value", value_head_dim)) if key_len % 8 or dim % (32 if eight_bits else 16)
-    )
+    given = head_dim, value_head_dim
+    whole = zip(("key", "value"), given, whole_dims(*given, eight_bits), strict=True)
+    return tuple(name for name, dim, wanted in whole if key_len % 8 or dim != wanted)
+
+
+def whole_dims(head_dim: int, value_head_dim: int, eight_bits: bool) -> tuple[int, int]:
+    """The head dims that kernels take: of half precision in sixteens, of 8 bits in thirty-twos, the first widths of a swizzle. Of
+    values of 8 bits beyond 128 columns only whole 128s: TMA wants whole swizzles where there is more than one.
+
+    >>> whole_dims(72, 72, False), whole_dims(72, 144, True)
+    ((80, 80), (96, 256))
+    """
+    if not eight_bits:
+        return up(head_dim, 16), up(value_head_dim, 16)
+    return up(head_dim, 32), up(value_head_dim, 32 if value_head_dim <= 128 else 128)
 
 
 def query_rows(rows: int) -> int:
@@ -95,7 +108,7 @@ def decode(
         whole: no sequence is cut (torch's num_splits=1): it has the same bits alone and in a batch.
         config: how to cut the work; None: `decode_tuning`'s. interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
     """
-    from pallas_kernels import hopper_decode, hopper_merge  # jax 0.11.2 and newer only
+    from pallas_kernels import hopper_decode, hopper_eight_bits, hopper_merge  # jax 0.11.2 and newer only
 
     heads_axis = 1 if layout == "BHLE" else 2
     length_axis = 3 - heads_axis
@@ -108,9 +121,9 @@ def decode(
     group = Hq // H
     static_scale = scale if isinstance(scale, float) else None
     narrow = None if key_scale is None else key.dtype
-    step = 16 if narrow is None else 32  # the swizzles of halves, or of bytes, begin with 32 bytes
+    whole_key, whole_value = whole_dims(E, Ev, narrow is not None)
     shape = ForwardShape(
-        B, Hq, H, L, S, up(E, step), up(Ev, step), query.dtype, layout, static_scale, softcap, 0.0, sinks is not None
+        B, Hq, H, L, S, whole_key, whole_value, query.dtype, layout, static_scale, softcap, 0.0, sinks is not None
     )  # fmt: skip
     if config is None:
         chosen = (decode_config if narrow is None else eight_bit_config)(
@@ -124,10 +137,8 @@ def decode(
     if layout == "BLHE":
         query = jnp.swapaxes(query, 1, 2)  # (B, Hq, L, E); with L = 1 nothing moves
     rows = jnp.reshape(query, (B, H, group * L, E))
-    if pages is None:
-        key, value = (longer(x, {length_axis: up(S, 8), 3: up(x.shape[3], step)}) for x in (key, value))
-    else:
-        key, value = (longer(x, {3: up(x.shape[3], step)}) for x in (key, value))
+    rows_to = {} if pages is not None else {length_axis: up(S, 8)}
+    key, value = (longer(x, {**rows_to, 3: dim}) for x, dim in ((key, whole_key), (value, whole_value)))
     given: dict[str, Any] = {}
     if narrow is not None:
         gathered = page is not None and page < SCALES_OF_PAGE
@@ -135,12 +146,16 @@ def decode(
             name: _scales(x, S, key, pages, gathered=gathered)
             for name, x in (("key_scale", key_scale), ("value_scale", value_scale))
         }
-    run = hopper_decode.forward(shape, config, shares, mask, page=page, narrow=narrow, interpret=interpret)
+    if narrow is None:
+        run, padded = hopper_decode.forward(shape, config, shares, mask, page=page, interpret=interpret), query_rows(group * L)
+    else:
+        run = hopper_eight_bits.forward(shape, config, shares, mask, narrow=narrow, page=page, interpret=interpret)
+        padded = up(group * L, 8)
     parts, lses = run(
-        longer(rows, {2: query_rows(group * L), 3: up(E, step)}), key, value, before=before, mask_arrays=jax.tree.leaves(mask),
+        longer(rows, {2: padded, 3: whole_key}), key, value, before=before, mask_arrays=jax.tree.leaves(mask),
         scale=None if static_scale is not None else scale, pages=pages, **given,
     )  # fmt: skip
-    out, lse = hopper_merge.merge(shape, shares, interpret=interpret)(parts, lses, before, sinks)
+    out, lse = hopper_merge.merge(shape, shares, in_pairs=narrow is not None, interpret=interpret)(parts, lses, before, sinks)
     return out[..., :Ev], lse
 
 

@@ -1,164 +1,267 @@
-"""The ring of 8-bit key and value tiles before the ring of half precision: who brings them, who widens them.
+"""Attention of a few queries to many keys of 8 bits on Hopper (sm_90), with the keys in the rows of a product.
 
-wgmma takes halves of both operands alike, so tiles of a quantised cache are widened on their way, exactly (int8 and e4m3 are
-numbers of bfloat16), and their scales meet the scores: s[:, j] * key_scale[j], p[:, j] * value_scale[j]. A slot holds one tile of
-K and one of V in 8 bits:
+Algorithm: `hopper_decode`'s, but s.T = k @ q.T and out.T = v.T @ p.T, so that the 64 rows of a wgmma are keys, or columns of v, and
+the few queries its 8 columns or more: nothing is computed for rows that are not there, and the wide operand is the one that wgmma
+takes from registers. There keys and values are widened, exactly (int8 and e4m3 are numbers of bfloat16), between shared memory
+and product. Their scales meet the scores: s[:, j] * key_scale[j], p[:, j] * value_scale[j].
 
-    k8_ready, v8_ready   loader -> converter    the tile has arrived (TMA counts its bytes); k8_ready counts the tile's scales too
-    k8_free, v8_free     converter -> loader    it has been widened into its slot of `hopper_keys.Ring`
+Two neighbours of 8 bits are a number of 16, of which ldmatrix gives each thread those of a wgmma's operand, transposed for v. The
+low byte is an even column, the high byte an odd one, so a tile of pairs is two operands: k's even columns meet q's even columns,
+v's make the even columns of out.
 
-The scales have no barriers of their own. They have arrived with the 8-bit keys, so when k_ready says so of the widened ones; and
-the loader, when it brings tile n, knows that tile n - narrow_stages has been widened, hence that the computing warpgroups have read
-the keys of tile n - narrow_stages - stages, hence all scales before it: with one slot more than both rings have, none is
-overwritten.
+Grid: programs, several on an SM, each with a warpgroup that computes and one that loads; while one waits, another computes. A
+program's ring holds tiles of keys, of values and of both scales:
+
+    k_ready, v_ready   loader -> computer    keys and scales, or values, have arrived (TMA counts their bytes)
+    free               computer -> loader    all of it is in registers
+    v_came             the loader's own      values of e4m3, in which it still has to clear what nobody sees
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import online_softmax
 from pallas_kernels.contracts import DecodeConfig, ForwardShape
-from pallas_kernels.hopper_hidden import Bits, Part, Span
-from pallas_kernels.hopper_keys import Copy, Ring
+from pallas_kernels.hopper_hidden import Part, bring, seen_by_any
 from pallas_kernels.hopper_memory import swizzle_of, tile
-from pallas_kernels.hopper_program import slot
-from pallas_kernels.hopper_scores import ROW
+from pallas_kernels.hopper_merge import WIDTH
+from pallas_kernels.hopper_pieces import Paging, Pieces, pieces_of, recipe_of
+from pallas_kernels.hopper_program import drain, launch, slot
+from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, mask_of, scale_at
+from pallas_kernels.hopper_widening import widened
+from pallas_kernels.online_softmax import LOG2E, over_columns, over_rows
+from pallas_kernels.shares import Shares
+from pallas_kernels.visits import cdiv
 
-UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
-"""Four neighbours of a row in a thread: 32 bits to load, 64 to store, free of bank conflicts beside the swizzles."""
+BLOCK_K = 64
+"""Keys of a tile: the rows of one wgmma."""
 
 KEY, VALUE = 0, 1  # whose scales
 
-
-def widened(x: Any, dtype: Any) -> Any:
-    """x in half precision, exactly; the hardware has e4m3 -> float16 only."""
-    return x.astype(dtype) if x.dtype == jnp.int8 else x.astype(jnp.float32).astype(dtype)
+SCRATCH = 128
+"""Bytes of `launch`'s scratch for each query: what 128 threads have of the maxima of a tile (64, queries), float32."""
 
 
-@dataclasses.dataclass(frozen=True)
-class NarrowRing:
-    """k8_s (narrow_stages, block_k, E), v8_s (…, Ev), scales_s (stages of both rings + 1, 2, block_k) float32, and the barriers of
-    this module's docstring."""
+def whole_products(value_head_dim: int) -> int:
+    """Columns of values that wgmma takes: two operands of 64 rows, even and odd ones. TMA writes zeros behind Ev."""
+    return cdiv(value_head_dim, WIDTH) * WIDTH
 
-    ring: Ring
-    k8_s: Any
-    v8_s: Any
-    scales_s: Any
-    k8_ready: Any
-    v8_ready: Any
-    k8_free: Any
-    v8_free: Any
 
-    @staticmethod
-    def scratch(shape: ForwardShape, config: DecodeConfig, dtype: Any, copies: int, scale_copies: int) -> dict[str, Any]:
-        """For a kernel's scratch_types; copies, scale_copies: in how many a tile arrives, and the scales of its keys, or values."""
-        stages, bk = config.narrow_stages, config.block_k
-        k8_s, v8_s = (tile((stages, bk), dim, dtype) for dim in (shape.head_dim, shape.value_head_dim))
-        free = plgpu.Barrier(num_barriers=stages)
-        return {
-            "k8_s": k8_s,
-            "v8_s": v8_s,
-            "scales_s": plgpu.SMEM((config.scale_stages, 2, bk), jnp.float32),
-            "k8_ready": plgpu.Barrier(num_arrivals=copies + 2 * scale_copies, num_barriers=stages),
-            "v8_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            "k8_free": free,
-            "v8_free": free,
-        }
+def forward(
+    shape: ForwardShape, config: DecodeConfig, shares: Shares, mask: Any = None, *, narrow: Any, page: int | None = None,
+    interpret: Any = None,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:  # fmt: skip
+    """A function (query, key, value, *, before, mask_arrays, scale, pages, key_scale, value_scale) -> (out, lse) of the pieces.
 
-    @property
-    def _config(self) -> DecodeConfig:
-        return self.ring.recipe.config  # type: ignore[return-value]
+    As `hopper_decode.forward`, for key and value of type `narrow`, int8 or float8_e4m3fn, E and Ev multiples of 32, and query with
+    a multiple of 8 rows. The scales are float32, (1|B, 1|H, S), S a multiple of 4, or where they lie, (pages, 1|H, page), if a page
+    has at least SCALES_OF_PAGE keys. out: (slots, rows, n, 2, 64), of each 128 columns the even ones, then the odd ones.
+    """
+    E, Ev, dtype, stages = shape.head_dim, shape.value_head_dim, shape.dtype, config.stages
+    columns, all_of_v = cdiv(shape.group * shape.query_len, 8) * 8, whole_products(Ev)
+    recipe, paging = recipe_of(shape, config, mask, interpret), Paging(page, config.block_k)
+    arrays, products, is_real = jax.tree.leaves(mask), recipe.products, interpret is None
+    may_say_nan = recipe.hides and narrow != jnp.int8  # 0 * NaN of a value that nobody sees would be NaN
+    tiles = tuple(tile((stages, BLOCK_K), dim, narrow) for dim in (E, all_of_v))
+    in_pairs = tuple(tile((stages, BLOCK_K), dim // 2, jnp.int16) for dim in (E, all_of_v))
+    _, at_once = swizzle_of(E // 2, jnp.int16)
 
-    def _room(self, free: Any, number: Any) -> Any:
-        """The slot of tile `number`, once its last tile has been widened."""
-        stages = self._config.narrow_stages
-        now = slot(number, stages)
-        pl.when(number >= stages)(lambda: plgpu.barrier_wait(free.at[now]))
-        return now
+    def pairs(memory: tuple[Any, Any], now: Any, where: Any, *, transposed: bool) -> tuple[Any, Any]:
+        """Some columns of pairs of a tile in shared memory (keys, dim) as two operands in registers."""
+        if is_real:
+            found = memory[1].at[now, :, where]
+            found = found.transpose((1, 0)) if transposed else found
+            return widened(plgpu.load(found, layout=TILE), narrow)  # pyright: ignore[reportCallIssue]
+        found = memory[0][now]  # the interpreter does not know two types of the same memory
+        products.read()
+        even, odd = (found[:, n::2][:, where.start : where.start + where.size].astype(dtype) for n in (0, 1))
+        return (even.T, odd.T) if transposed else (even, odd)
 
-    def bring_keys(self, number: Any, copy: Copy, copy_scales: tuple[Copy, Copy]) -> None:
-        """Ask for the keys of tile `number`, and for the scales of keys and values."""
-        now = self._room(self.k8_free, number)
-        copy(self.k8_s.at[now], self.k8_ready.at[now])
-        scales = self.scales_s.at[slot(number, self._config.scale_stages)]
-        for of, copy_scale in zip((KEY, VALUE), copy_scales, strict=True):
-            copy_scale(scales.at[of], self.k8_ready.at[now])
+    def kernel(*operands: Any, q_s: Any, kv_s: Any, scales_s: Any, p_s: Any, out_s: Any, lse_s: Any, **barriers: Any) -> None:
+        given = iter(operands)
+        q_ref, k_ref, v_ref = next(given), next(given), next(given)
+        pieces = pieces_of(recipe, shares, paging, given, arrays, k_ref.shape[0])
+        key_scales, value_scales, out_ref, lse_ref = given
+        q_ready, k_ready, v_ready, free = (barriers[name] for name in ("q_ready", "k_ready", "v_ready", "free"))
+        (k8, v8), (k16, v16) = kv_s if is_real else (kv_s, kv_s)
 
-    def bring_values(self, number: Any, copy: Copy) -> None:
-        now = self._room(self.v8_free, number)
-        copy(self.v8_s.at[now], self.v8_ready.at[now])
+        def prefetch(n: Any) -> None:
+            """Ask for the rows of piece n: the memory of piece n - 2 has been read."""
 
-    def widen_keys(self, number: Any, t: Any, seen: Span | Bits | None) -> None:
-        """Key tile t, the ring's of that number; the values' scales of keys that nobody sees become 0: 0 * NaN would be NaN."""
-        now, then = slot(number, self._config.narrow_stages), slot(number, self._config.stages)
-        plgpu.barrier_wait(self.k8_ready.at[now])
-        self._wait_for_room(self.ring.k_free, number, then)
-        self._widen(self.k8_s.at[now], self.ring.k_s.at[then], None)
-        if seen is not None:
-            scales = self.scales_s.at[slot(number, self._config.scale_stages), VALUE]
-            part = self._part(t, seen)
-
-            @pl.when(part.cut)
+            @pl.when(n < pieces.count)
             def _() -> None:
-                found = plgpu.load(scales, layout=ROW, optimized=False)  # pyright: ignore[reportCallIssue]
-                key = plgpu.broadcasted_iota(jnp.int32, found.shape, 0, layout=ROW)
-                scales[...] = jnp.where(part.kept(0, key), found, 0.0)
+                b, h = pieces.place(n)
+                now = slot(n + pieces.zero, 2)
+                for parity in (0, 1):
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, h, parity], q_s.at[now, parity], q_ready.at[now])
 
-        self._hand_over(self.ring.k_ready.at[then], self.k8_free.at[now])
+        def by_key(of: int, now: Any) -> Any:
+            found = plgpu.load(scales_s.at[now, of], layout=ROW, optimized=False)  # pyright: ignore[reportCallIssue]
+            products.read()
+            return found
 
-    def widen_values(self, number: Any, t: Any, seen: Span | Bits | None) -> None:
-        """The values of key tile t; those of keys that nobody sees become 0 where 8 bits may say NaN."""
-        now, then = slot(number, self._config.narrow_stages), slot(number, self._config.stages)
-        narrow, wide = self.v8_s.at[now], self.ring.v_s.at[then]
-        plgpu.barrier_wait(self.v8_ready.at[now])
-        self._wait_for_room(self.ring.v_free, number, then)
-        if seen is None or narrow.dtype == jnp.int8:
-            self._widen(narrow, wide, None)
-        else:
-            part = self._part(t, seen)
-            pl.when(part.cut)(lambda: self._widen(narrow, wide, part))
-            pl.when(~part.cut)(lambda: self._widen(narrow, wide, None))
-        self._hand_over(self.ring.v_ready.at[then], self.v8_free.at[now])
+        def scores(q: Any, now: Any) -> Any:
+            """(keys, queries) float32."""
+            cut = [pl.ds(n, at_once) for n in range(0, E // 2, at_once)]
+            operands = [
+                (x, q.at[parity, :, where].transpose((1, 0)))
+                for where in cut
+                for parity, x in enumerate(pairs((k8, k16), now, where, transposed=False))
+            ]
+            return products.sum(operands, (BLOCK_K, columns))
 
-    def _part(self, t: Any, seen: Span | Bits) -> Part:
-        bk = self._config.block_k
-        return seen.part(t * bk, bk)
+        def attend(n: Any, done: Any) -> Any:
+            """Piece n, `done` tiles into the ring."""
+            prefetch(n + 1)
+            b, _ = pieces.place(n)
+            walk, seen = pieces.walk(n, b), seen_by_any(recipe, pieces.refs, b)
+            at = slot(n + pieces.zero, 2)
+            plgpu.barrier_wait(q_ready.at[at])
+            q = q_s.at[at]
 
-    def _wait_for_room(self, free: Any, number: Any, then: Any) -> None:
-        pl.when(number >= self._config.stages)(lambda: plgpu.barrier_wait(free.at[then]))
+            def step(i: Any, state: Any) -> Any:
+                *accs, m, l = state
+                now, t = slot(done + i, stages), walk.tile(i)
+                plgpu.barrier_wait(k_ready.at[now])
+                s = scores(q, now) * over_columns(by_key(KEY, now), l)
+                s = _cut(pieces, b, _adjusted(pieces, b, s), walk, i)
+                m, shrink, p = online_softmax.powers(s, recipe.factor, m, axis=0)
+                l = l * over_rows(shrink, l) + p
+                part = None if seen is None else seen.part(t * BLOCK_K, BLOCK_K)
+                p_s.transpose((1, 0))[...] = (p * over_columns(_kept(by_key(VALUE, now), part), p)).astype(dtype)
+                plgpu.barrier_wait(v_ready.at[now])
+                values = [
+                    x for column in range(0, all_of_v // 2, 64) for x in pairs((v8, v16), now, pl.ds(column, 64), transposed=True)
+                ]
+                plgpu.commit_smem()  # p is seen by wgmma, and TMA may write where everything has been read
+                plgpu.barrier_arrive(free.at[now])
+                accs = [acc * over_rows(shrink, acc) for acc in accs]
+                return *products.add_each(accs, values, p_s.transpose((1, 0))), m, l
 
-    def _widen(self, narrow: Any, wide: Any, part: Part | None) -> None:
-        """(block_k, dim) in 8 bits -> in half precision, with zeros for the hidden rows of `part`."""
-        for row, column, shape in _pieces(narrow, wide):
-            where = pl.ds(row, shape[0]), pl.ds(column, shape[1])
-            x = widened(plgpu.load(narrow.at[where], layout=UPCAST), wide.dtype)  # pyright: ignore[reportCallIssue]
-            if part is not None:
-                key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=UPCAST)
-                x = jnp.where(part.kept(row, key), x, jnp.zeros_like(x))
-            wide[where] = x
+            start = [filled((64, columns), 0.0, TILE) for _ in range(all_of_v // 64)]
+            state = (*start, filled((columns,), -jnp.inf, COLUMN), filled((BLOCK_K, columns), 0.0, TILE))
+            *accs, m, l = pieces.loop(0, walk.steps, step, state)
+            share, lse = online_softmax.finish(m, l.sum(axis=0), recipe.factor)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
+            plgpu.commit_smem()
+            for column, acc in enumerate(accs):
+                out_s.at[column].transpose((1, 0))[...] = plgpu.layout_cast(
+                    acc * over_rows(share, acc), plgpu.Layout.WGMMA_TRANSPOSED
+                )
+            lse_s[...] = lse
+            plgpu.commit_smem()
+            for column in range(len(accs)):
+                plgpu.copy_smem_to_gmem(out_s.at[column], out_ref.at[pieces.slot(n), :, column])
+            plgpu.copy_smem_to_gmem(lse_s, lse_ref.at[pieces.slot(n)])
+            return done + walk.steps
 
-    def _hand_over(self, ready: Any, free: Any) -> None:
-        plgpu.commit_smem()  # wgmma sees what was written, and TMA may write where everybody has read
-        plgpu.barrier_arrive(ready)
-        plgpu.barrier_arrive(free)
+        def compute() -> None:
+            prefetch(0)
+            pieces.each(attend)
+            plgpu.wait_smem_to_gmem(0)
 
-    @property
-    def rings(self) -> list[tuple[Any, int]]:
-        """As `hopper_program.drain` wants them, of the loader."""
-        stages = self._config.narrow_stages
-        return [(self.k8_free, stages), (self.v8_free, stages)]
+        def load(n: Any, done: Any) -> Any:
+            """The tiles of piece n, as soon as there is room; `done` as in attend."""
+            b, h = pieces.place(n)
+            walk, seen = pieces.walk(n, b), seen_by_any(recipe, pieces.refs, b) if may_say_nan else None
+
+            def step(i: Any, _: Any) -> None:
+                now, t = slot(done + i, stages), walk.tile(i)
+                part = None if seen is None else seen.part(t * BLOCK_K, BLOCK_K)
+                pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(free.at[now]))
+                pieces.keys(k_ref, b, h, t)(k8.at[now], k_ready.at[now])
+                for of, scales in ((KEY, key_scales), (VALUE, value_scales)):
+                    pieces.scales(scales, b, h, t)(scales_s.at[now, of], k_ready.at[now])
+                same = v16.at[now] if is_real else None
+                bring(pieces.keys(v_ref, b, h, t), v8.at[now], v_ready.at[now], part, barriers.get("v_came"), paging.copies, same)
+
+            pieces.loop(0, walk.steps, step, None)
+            return done + walk.steps
+
+        wg = lax.axis_index("wg")
+        pl.when(wg == 0)(compute)
+        pl.when(wg == 1)(lambda: drain([(free, stages)], pieces.each(load)))
+
+    call = launch(
+        kernel,
+        config,
+        out_type=[
+            jax.ShapeDtypeStruct((shares.slots, columns, all_of_v // 64, 64), jnp.float32),
+            jax.ShapeDtypeStruct((shares.slots, columns), jnp.float32),
+        ],
+        programs=shares.programs,
+        scratch_types={
+            "q_s": tile((2, 2, columns), E // 2, dtype),
+            "kv_s": plgpu.RefUnion(tiles, in_pairs) if is_real else tiles,
+            "scales_s": plgpu.SMEM((stages, 2, BLOCK_K), jnp.float32),
+            "p_s": tile((columns,), BLOCK_K, dtype),
+            "out_s": tile((all_of_v // 64, columns), 64, jnp.float32),
+            "lse_s": plgpu.SMEM((columns,), jnp.float32),
+            "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            "k_ready": plgpu.Barrier(num_arrivals=paging.copies + 2 * paging.scale_copies, num_barriers=stages),
+            "v_ready": plgpu.Barrier(num_arrivals=paging.copies, num_barriers=stages),
+            "free": plgpu.Barrier(num_barriers=stages),
+            **({"v_came": plgpu.Barrier(num_arrivals=paging.copies)} if may_say_nan else {}),
+        },
+        interpret=interpret,
+        scratch_bytes=SCRATCH * columns,
+    )
+
+    def run(
+        query: Any, key: Any, value: Any, *, before: Any = None, mask_arrays: Sequence[Any] = (), scale: Any = None,
+        pages: Any = None, key_scale: Any = None, value_scale: Any = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        where, more = ([x for x in given if x is not None] for given in ([before], [pages]))
+        if shape.scale is None:
+            more = [scale.astype(jnp.float32), *more]
+        B, H, rows, _ = query.shape
+        even_odd = jnp.moveaxis(query.reshape(B, H, rows, E // 2, 2), -1, 2)  # (B, H, 2, rows, E / 2)
+        out, lse = call(even_odd, key, value, *where, *mask_arrays, *more, key_scale, value_scale)
+        return out.reshape(*out.shape[:2], all_of_v // WIDTH, 2, 64), lse
+
+    return run
 
 
-def _pieces(narrow: Any, wide: Any) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """(row, column, shape) of what is widened at a time: whole swizzles of both, which few registers hold."""
-    keys, dim = wide.shape
-    columns = max(swizzle_of(dim, ref.dtype)[1] for ref in (narrow, wide))
-    for row in range(0, keys, 64):
-        for column in range(0, dim, columns):
-            yield row, column, (64, columns)
+def _adjusted(pieces: Pieces, b: Any, s: Any) -> Any:
+    """The scores of a tile (keys, queries) after scale, where it cannot wait for the exponent, and softcap."""
+    recipe, softcap = pieces.recipe, pieces.recipe.shape.softcap
+    if not recipe.waits:
+        s = s * scale_at(recipe.shape, pieces.refs, b)
+    if softcap is not None:
+        # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
+        s = softcap - (2 * softcap) / (1 + jnp.exp2(s * (2 * LOG2E / softcap)))
+    return s
+
+
+def _cut(pieces: Pieces, b: Any, s: Any, walk: Any, i: Any) -> Any:
+    """The scores (keys, queries) of step i, masked where that is cut."""
+    recipe, L = pieces.recipe, pieces.recipe.shape.query_len
+    if recipe.mask is None and not recipe.ragged:
+        return s
+
+    def masked(s: Any) -> Any:
+        key = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=TILE) + walk.tile(i) * BLOCK_K
+        query = 0 if L == 1 else lax.rem(plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE), np.int32(L))
+        kept: Any = key < recipe.shape.key_len
+        if recipe.mask is not None:
+            kept = kept & mask_of(recipe, pieces.refs, b).keep(query, key)
+        return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
+
+    return lax.cond(walk.partial(i), masked, lambda s: s, s)
+
+
+def _kept(scales: Any, part: Part | None) -> Any:
+    """The values' scales (keys,), 0 of keys that nobody sees: 0 * NaN would be NaN."""
+    if part is None:
+        return scales
+    key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=ROW)
+    return jnp.where(plgpu.layout_cast(part.kept(0, key), ROW), scales, 0.0)

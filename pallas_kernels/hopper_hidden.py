@@ -155,10 +155,13 @@ def clear_own(part: Part | None, *tiles: Any) -> None:
         plgpu.commit_smem()
 
 
-def bring(copy: Callable[[Any, Any], None], memory: Any, ready: Any, part: Part | None, came: Any, copies: int = 1) -> None:
+def bring(
+    copy: Callable[[Any, Any], None], memory: Any, ready: Any, part: Part | None, came: Any, copies: int = 1, same: Any = None
+) -> None:
     """The loader's copy(memory, barrier) of a tile, whose hidden rows are 0 when `ready` hears of it.
 
-    came: a barrier of the loader's own; copies: in how many the tile arrives, each of which either barrier counts.
+    came: a barrier of the loader's own; copies: in how many the tile arrives, each of which either barrier counts; same: the same
+    memory as numbers of another type, whose zeros are this one's.
     """
     if part is None:
         copy(memory, ready)
@@ -169,7 +172,7 @@ def bring(copy: Callable[[Any, Any], None], memory: Any, ready: Any, part: Part 
     def _() -> None:
         copy(memory, came)
         plgpu.barrier_wait(came)
-        clear(memory, part)
+        clear(memory if same is None else same, part)
         plgpu.commit_smem()
         for _ in range(copies):
             plgpu.barrier_arrive(ready)

@@ -30,15 +30,19 @@ WIDTH = 128
 """Columns of a program, one a thread; beyond Ev they are never written, nor read by anybody."""
 
 
-def merge(shape: ForwardShape, shares: Shares, *, interpret: Any = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def merge(
+    shape: ForwardShape, shares: Shares, *, in_pairs: bool = False, interpret: Any = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A function (out, lse, before, sinks) -> (out, lse) of the call, in its layout and dtype, lse (B, Hq, L) float32.
 
     out (slots, rows, Ev, filled up to a multiple of WIDTH) and lse (slots, …), float32, of the pieces; before: of `shares`, None
-    where it does not search; sinks (1|B, Hq), None without.
+    where it does not search; sinks (1|B, Hq), None without. in_pairs: out is (slots, rows, n, 2, WIDTH / 2), of each WIDTH columns
+    the even ones and then the odd ones.
     """
     B, Hq, H, L, Ev = shape.batch, shape.q_heads, shape.kv_heads, shape.query_len, shape.value_head_dim
     columns, at_once = cdiv(Ev, WIDTH) * WIDTH, cdiv(shares.pieces, cdiv(shares.pieces, MOST_AT_ONCE))
-    layout = plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1)
+    own = (WIDTH // 2, 2) if in_pairs else (WIDTH,)
+    layout = plgpu.Layout.WG_STRIDED(own, vec_size=1)
 
     def kernel(*operands: Any, out_s: Any) -> None:
         given = iter(operands)
@@ -58,7 +62,10 @@ def merge(shape: ForwardShape, shares: Shares, *, interpret: Any = None) -> Call
             for n in range(at_once):
                 at = i * at_once + n
                 piece = first + jnp.minimum(at, count - 1)
-                where = parts.at[piece, row, pl.ds(column, WIDTH)]
+                if in_pairs:
+                    where = parts.at[piece, row, lax.axis_index("column")].transpose((1, 0))
+                else:
+                    where = parts.at[piece, row, pl.ds(column, WIDTH)]
                 values = plgpu.load(where, layout=layout)  # pyright: ignore[reportCallIssue]
                 found.append((jnp.where(at < count, lses[piece, row], -jnp.inf), values))
             new = m
@@ -72,7 +79,7 @@ def merge(shape: ForwardShape, shares: Shares, *, interpret: Any = None) -> Call
                 acc, total = acc + values * weight, total + weight
             return acc, new, total
 
-        acc = plgpu.layout_cast(jnp.zeros((WIDTH,), jnp.float32), layout)
+        acc = plgpu.layout_cast(jnp.zeros(own, jnp.float32), layout)
         if sinks is None:
             m, total = jnp.float32(-jnp.inf), jnp.float32(0.0)
         else:
@@ -82,7 +89,11 @@ def merge(shape: ForwardShape, shares: Shares, *, interpret: Any = None) -> Call
         acc, m, total = lax.fori_loop(0 * item, steps, step, (acc, m, total))
         empty = total == 0.0
         safe = jnp.where(empty, 1.0, total)
-        out_s[...] = (acc * jnp.where(empty, 0.0, 1 / safe)).astype(shape.dtype)
+        found = (acc * jnp.where(empty, 0.0, 1 / safe)).astype(shape.dtype)
+        if in_pairs and interpret is None:
+            out_s.reshape(own)[...] = found
+        else:  # Mosaic's interpreter knows no reshaped memory, the hardware no reshaped registers
+            out_s[...] = found.reshape(WIDTH)
         plgpu.commit_smem()
         at = (b, head, l) if shape.layout == "BHLE" else (b, l, head)
         if Ev < WIDTH:

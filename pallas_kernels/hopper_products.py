@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +49,29 @@ class Wgmma:
             return acc[...]
 
         return pl.run_scoped(body, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+
+    def sum(self, operands: Sequence[tuple[Any, Any]], shape: tuple[int, int]) -> Any:
+        """The sum of x @ y, float32: x (rows, n) in registers, y (n, columns) in shared memory."""
+        if self.interpret:
+            return functools.reduce(lambda a, b: a + b, [self._dot(x, y) for x, y in operands])
+
+        def body(acc: Any) -> Any:
+            for x, y in operands:
+                plgpu.wgmma(acc, x, y)
+            return acc[...]
+
+        return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
+
+    def add_each(self, accs: Sequence[Any], left: Sequence[Any], right: Any) -> tuple[Any, ...]:
+        """acc + x @ right for each acc and x (rows, n) in registers; right (n, columns) in shared memory."""
+        if self.interpret:
+            return tuple(acc + self._dot(x, right) for acc, x in zip(accs, left, strict=True))
+
+        def stage(refs: Any) -> None:
+            for ref, x in zip(refs, left, strict=True):
+                plgpu.wgmma(ref, x, right)
+
+        return pl.run_state(stage)(tuple(plgpu.ACC.init(acc) for acc in accs))
 
     def add(self, acc: Any, p: Any, v: Any) -> Any:
         """acc + p @ v: p (rows, keys) in registers, v (keys, Ev) in shared memory."""

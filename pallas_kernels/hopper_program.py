@@ -27,15 +27,8 @@ def drain(rings: Sequence[tuple[Any, int]], done: Any) -> None:
         lax.fori_loop(visits.greatest(done - of, 0 * done), done, wait, None)
 
 
-def in_roles(
-    config: ForwardConfig,
-    wg: Any,
-    compute: Callable[[], None],
-    load: Callable[[], None],
-    interpret: Any,
-    *others: Callable[[], None],
-) -> None:
-    """The first warpgroups compute, the next one loads, each with the registers of its role; others: what those behind it do."""
+def in_roles(config: ForwardConfig, wg: Any, compute: Callable[[], None], load: Callable[[], None], interpret: Any) -> None:
+    """The first warpgroups compute, the last one loads, each with the registers of its role."""
 
     @pl.when(wg < config.warpgroups)
     def _compute() -> None:
@@ -49,31 +42,26 @@ def in_roles(
             plgpu.set_max_registers(config.registers[1], action="decrease")
         load()
 
-    for n, other in enumerate(others):
-
-        @pl.when(wg == config.warpgroups + 1 + n)
-        def _other(other: Callable[[], None] = other) -> None:
-            if interpret is None:
-                plgpu.set_max_registers(config.teams[2][1], action="decrease")
-            other()
-
 
 def launch(
     kernel: Callable[..., None], config: ForwardConfig, *, programs: int, out_type: Sequence[Any], scratch_types: dict[str, Any],
-    interpret: Any,
+    interpret: Any, scratch_bytes: int = 0,
 ) -> Callable[..., Any]:  # fmt: skip
-    """The kernel as a function of its operands; its axes are "program" and "wg", those of all `config.teams`."""
+    """The kernel as a function of its operands; its axes are "program" and "wg", those of `config` and the one that loads.
+
+    scratch_bytes: of shared memory, where maxima and sums cross warps, which all warpgroups of a program have in common. None need
+    it whose rows of a tile are a product's: those lie within four threads.
+    """
     return plgpu.kernel(
         kernel,
         out_type=list(out_type),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=sum(n for n, _ in config.teams),
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         scratch_types=scratch_types,
-        # no cross-warp reduction: a row of a WGMMA tile lies within four threads
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0,
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=scratch_bytes,
             unsafe_no_auto_barriers=True,
         ),
         **({} if interpret is None else {"interpret": interpret}),

@@ -105,8 +105,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """The operands beside q, k and v, in global memory; the ring of bias tiles and the scales of 8-bit keys and values, a pair of
-    them for each tile (`hopper_eight_bits`), in shared memory. None: there is none.
+    """The operands beside q, k and v, in global memory; the ring of bias tiles in shared memory. None: there is none.
 
     seen, own_seen: bits of the columns, and of the rows, that are not hidden from everybody (`hopper_hidden`)."""
 
@@ -122,7 +121,6 @@ class Refs:
     bias_free: Any
     seen: Any = None
     own_seen: Any = None
-    scales_s: Any = None
 
 
 def scale_at(shape: ForwardShape, refs: Refs, b: Any) -> Any:
@@ -270,16 +268,6 @@ class Rows:
         plgpu.barrier_arrive(refs.bias_free.at[now])
         return found.astype(jnp.float32)
 
-    def _times_scales(self, x: Any, of: int, number: Any) -> Any:
-        """A tile (block_q, block_k), the ring's of that number, times the scales of its 8-bit keys (of = 0), or values (1)."""
-        scales = self.refs.scales_s
-        if scales is None:
-            return x
-        own = scales.at[lax.rem(number, np.int32(scales.shape[0])), of]
-        found = plgpu.load(own, layout=COLUMN, optimized=False)  # pyright: ignore[reportCallIssue]
-        self.recipe.products.read()
-        return x * lax.broadcast_in_dim(found, self._tile, [1])
-
     def _masked(self, s: Any, t: Any, packed: list[Any]) -> Any:
         recipe = self.recipe
         if packed:
@@ -310,7 +298,6 @@ class Rows:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
-        s = self._times_scales(s, 0, number)
         if not recipe.waits:
             s = s * scale_at(shape, refs, self.b)
         if shape.softcap is not None:
@@ -321,7 +308,6 @@ class Rows:
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
             s = self._cut(s, i, t, packed, always=recipe.drops)  # beside the words of dropout a branch spills
         m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
-        p = self._times_scales(p, 1, number)
         if recipe.drops:
             a, c = self.words
             here, k = self._columns(t)

@@ -25,21 +25,30 @@ def over_columns(row: Any, tile: Any) -> Any:
     return lax.broadcast_in_dim(row, tile.shape, [0])
 
 
-def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any, Any, Any]:
-    """(m, l, shrink, p) after a tile of scores: what came before counts `shrink` times as much, p = 2**(factor * (s - m)).
+def over_rows(column: Any, tile: Any) -> Any:
+    """(columns,) against (rows, columns)."""
+    return lax.broadcast_in_dim(column, tile.shape, [1])
 
-    s (rows, columns) float32, -inf where masked; factor > 0; m, l, shrink (rows,).
+
+def powers(s: Any, factor: float, m: Any, *, huge: bool = False, axis: int = 1) -> tuple[Any, Any, Any]:
+    """(m, shrink, p) after a tile of scores, whose keys are `axis`: what came before counts `shrink` times as much, p =
+    2**(factor * (s - m)).
+
+    s float32, -inf where masked; factor > 0; m, shrink: s without its keys.
     """
-    m_new = jnp.maximum(m, s.max(axis=1))
+    over_keys = over_columns if axis == 1 else over_rows
+    m_new = jnp.maximum(m, s.max(axis=axis))
     top = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # -inf - -inf would be NaN: a row that has seen no key yet
     if huge:
-        shrink = jnp.exp2((m - top) * factor)
-        p = jnp.exp2((s - over_columns(top, s)) * factor)
-    else:
-        r = top * factor
-        shrink = jnp.exp2(m * factor - r)
-        p = jnp.exp2(s * factor - over_columns(r, s))
-    return m_new, l * shrink + p.sum(axis=1), shrink, p
+        return m_new, jnp.exp2((m - top) * factor), jnp.exp2((s - over_keys(top, s)) * factor)
+    r = top * factor
+    return m_new, jnp.exp2(m * factor - r), jnp.exp2(s * factor - over_keys(r, s))
+
+
+def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any, Any, Any]:
+    """(m, l, shrink, p) after a tile of scores (rows, keys): `powers`, and the sum l (rows,) of the exponentials."""
+    m, shrink, p = powers(s, factor, m, huge=huge)
+    return m, l * shrink + p.sum(axis=1), shrink, p
 
 
 def finish(m: Any, l: Any, factor: float, *, huge: bool = False) -> tuple[Any, Any]:

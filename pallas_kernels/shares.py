@@ -15,6 +15,8 @@ how many tiles lie `before` each batch entry, and a program searches it for the 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -22,6 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.visits import cdiv, divided, greatest, least
+
+PARTS = 8
+"""Of the batch, that a round of the search looks at: 64 sequences take two rounds, with one half at a time six."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +126,19 @@ class Shares:
         return places
 
     def _entries(self, before: Any, *tiles: Any) -> list[Any]:
-        """The batch entry of each of these tiles, by binary search: side by side, so that no load waits for another's. Places
-        beyond the last entry stand for the end of all tiles, which no tile has reached."""
+        """The batch entry of each of these tiles: of PARTS parts of the batch the one in which it lies, of its parts, and so on. A
+        round costs what memory takes to answer, half a microsecond, whatever it asks, so all tiles ask at once. Places beyond the
+        last entry stand for the end of all tiles, which no tile has reached."""
         found = [0 * x for x in tiles]
-        for power in reversed(range((self.batch - 1).bit_length())):
-            further = [least(entry + 2**power, self.batch) for entry in found]
-            begins = [before[entry] for entry in further]
-            found = [
-                jnp.where(begin <= x, there, here) for begin, x, there, here in zip(begins, tiles, further, found, strict=True)
+        stride = 1
+        while stride * PARTS < self.batch:
+            stride *= PARTS
+        while stride:
+            begins = [[before[least(at + n * stride, self.batch)] for n in range(1, PARTS)] for at in found]
+            passed = [
+                functools.reduce(operator.add, [jnp.where(begin <= x, stride, 0 * x) for begin in own])
+                for own, x in zip(begins, tiles, strict=True)
             ]
+            found = [at + more for at, more in zip(found, passed, strict=True)]
+            stride //= PARTS
         return found

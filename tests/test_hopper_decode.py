@@ -20,8 +20,7 @@ from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
 from jax_sdpa.device import assume_device
 from pallas_kernels import flash_decode, visits
-from pallas_kernels.decode_tuning import decode_config, eight_bit_config, shared_bytes
-from pallas_kernels.flash_attention import up
+from pallas_kernels.decode_tuning import decode_config, eight_bit_bytes, eight_bit_config, shared_bytes
 from pallas_kernels.shares import Shares
 from pallas_kernels.tuning import SHARED_MEMORY
 
@@ -91,17 +90,26 @@ def test_every_configuration_fits_the_shared_memory(rows):
         assert shared_bytes(config, E, Ev) <= SHARED_MEMORY, (E, Ev)
         assert Ev % config.out_columns(E, Ev) == 0
         eight_bits = eight_bit_config(rows=rows, head_dim=E, value_head_dim=Ev)
-        assert eight_bits is None or shared_bytes(eight_bits, E, Ev) <= SHARED_MEMORY, (E, Ev)
-    assert eight_bit_config(rows=rows, head_dim=128, value_head_dim=128).narrow_stages >= 3
-    assert (eight_bit_config(rows=rows, head_dim=256, value_head_dim=256) is None) == (rows > 64)
+        assert (eight_bits is None) == (rows > 64)
+        assert eight_bits is None or eight_bit_bytes(eight_bits.stages, rows, E, Ev) <= SHARED_MEMORY, (E, Ev)
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("E", "Ev", "group"), [(64, 160, 2), (256, 256, 128), (16, 240, 64), (208, 144, 65)])
-def test_odd_head_dims_lower_for_cuda_which_counts_the_shared_memory(E, Ev, group):
-    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, group, 1, E), (1, 1, 320, E), (1, 1, 320, Ev)))
+@pytest.mark.parametrize(
+    ("E", "Ev", "group", "dtype"),
+    [
+        (64, 160, 2, jnp.bfloat16), (256, 256, 128, jnp.bfloat16), (16, 240, 64, jnp.bfloat16), (208, 144, 65, jnp.bfloat16),
+        (64, 160, 2, jnp.int8), (256, 256, 64, jnp.int8), (40, 24, 20, jnp.float8_e4m3fn), (208, 96, 9, jnp.float8_e4m3fn),
+    ],
+)  # fmt: skip
+def test_odd_head_dims_lower_for_cuda_which_counts_the_shared_memory(E, Ev, group, dtype):
+    B, H = 3, 2
+    q = jax.ShapeDtypeStruct((B, H * group, 1, E), jnp.bfloat16)
+    k, v = (jax.ShapeDtypeStruct((B, H, 320, dim), dtype) for dim in (E, Ev))
+    scale = jax.ShapeDtypeStruct((B, H, 320), jnp.float32)
+    scales = {} if dtype == jnp.bfloat16 else {"key_scale": scale, "value_scale": scale}
     call = functools.partial(flash_decode.decode, layout="BHLE", scale=0.1)
-    jax.jit(call).trace(q, k, v).lower(lowering_platforms=("cuda",))
+    jax.jit(call).trace(q, k, v, **scales).lower(lowering_platforms=("cuda",))
 
 
 # --- the kernels
@@ -141,8 +149,8 @@ def on_kernel(problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, config=N
     rows = problem.query.shape[1] // H * problem.query.shape[2]
     small = DecodeConfig(block_k=64, stages=3, warpgroups=-(-rows // 64), row_tiles=2, queries=2, programs=5)
     if eight is not None:
-        dims = {"head_dim": up(E, 32), "value_head_dim": up(v.shape[3], 32)}
-        small = dataclasses.replace(eight_bit_config(rows=rows, **dims), narrow_stages=2, programs=5)
+        dims = dict(zip(("head_dim", "value_head_dim"), flash_decode.whole_dims(E, v.shape[3], True), strict=True))
+        small = dataclasses.replace(eight_bit_config(rows=rows, **dims), stages=3, programs=5)
     config = config or (small if interpret else None)
     sinks = None if problem.sinks is None else jnp.asarray(problem.sinks, jnp.float32)[None]
     scale = problem.scale if isinstance(problem.scale, np.ndarray) else float(E**-0.5 if problem.scale is None else problem.scale)
@@ -225,8 +233,8 @@ EIGHT_BITS = {
     ),
     "int8, groups of 7, a scale for each head": lambda: (make(1, 328, B=2, Hq=7, Hk=1, E=64), (INT8, "head"), {}),
     "fp8, odd sizes, one scale": lambda: (make(1, 261, B=2, Hq=3, Hk=1, E=40, Ev=24), (FP8, "one"), {}),
-    "int8, 16 queries, groups of 8: two warpgroups, causal at the end": lambda: (
-        make(16, 320, B=1, Hq=8, Hk=1, E=64, keep=band(16, 320, -1, 0, 304)), (INT8, "key"), {"mask": causal(304)},
+    "int8, 16 queries, groups of 4, causal at the end": lambda: (
+        make(16, 320, B=1, Hq=4, Hk=1, E=64, keep=band(16, 320, -1, 0, 304)), (INT8, "key"), {"mask": causal(304)},
     ),
     "fp8, a window at traced places, 4 queries": lambda: (
         make(4, 320, B=2, Hq=2, Hk=1, E=64, keep=band(4, 320, 100, 0, np.array([290, 60]))), (FP8, "key"),
@@ -310,7 +318,7 @@ EIGHT_BITS_ON_A_GPU = {
     },
     "int8, long, head dims of 256": lambda: (make(5, 2048, B=2, Hq=8, Hk=2, E=256), (INT8, "key"), {}),
     "fp8, long, head dims of 256": lambda: (make(1, 2048, B=2, Hq=14, Hk=2, E=256), (FP8, "key"), {}),
-    "fp8, long, 16 queries of groups of 8": lambda: (make(16, 4096, B=2, Hq=16, Hk=2, E=128), (FP8, "key"), {}),
+    "fp8, long, 16 queries of groups of 4": lambda: (make(16, 4096, B=2, Hq=8, Hk=2, E=128), (FP8, "key"), {}),
     "int8, one sequence in many pieces": lambda: (make(1, 32768, B=1, Hq=4, Hk=4, E=128), (INT8, "key"), {}),
 }  # fmt: skip
 

@@ -84,7 +84,7 @@ class Flash(Implementation):
         if eight_bits and self.takes_pages(request) and request.key.shape[1] < SCALES_OF_PAGE:
             notes.append(f"The scales of pages of fewer than {SCALES_OF_PAGE} keys are gathered.")
         if names:
-            step = "thirty-twos" if eight_bits else "sixteens"
+            step = "thirty-twos, of values beyond 128 in 128s" if eight_bits else "sixteens"
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in {step}.")
         if request.pages is None and not (wrt and reasons):
             if dense.tile_bytes(request.bias):
