@@ -146,7 +146,7 @@ def dot_product_attention(
             four have no derivative. Scales of hidden keys may be anything, NaN included.
 
     FLASH widens such keys and values on their way where the call is a decode step: a bfloat16 query, L of at most 16, L * Hq / H of
-    at most 128 (64 where a head dim is over 128), S of at least 256; it multiplies the scores and the weights by the scales, in
+    at most 64, S of at least 256; it multiplies the scores and the weights by the scales, in
     float32. EFFICIENT widens a block at a time. Elsewhere, and for gradients, they are widened first, a copy in the query's dtype;
     `explain` says which.
 

@@ -57,17 +57,17 @@ def widened(pairs: Any, narrow: Any) -> tuple[Any, Any]:
     result = plgpu.ShapeDtypeStruct(pairs.shape, jnp.bfloat16, layout=TILE)
     code = INT8 if narrow == jnp.int8 else E4M3
 
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(result, result))
     def both(_: Any, pairs: Any) -> Any:
         i32, bf16x2 = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
         found = llvm.StructType.get_literal([i32, i32])
         first, second = pairs.registers.copy(), pairs.registers.copy()
         for index, register in np.ndenumerate(pairs.registers):
-            answer = llvm.inline_asm(found, [mgpu.utils.bitcast(register, i32)], code, "=r,=r,r", asm_dialect=0)
+            answer: Any = llvm.inline_asm(found, [mgpu.utils.bitcast(register, i32)], code, "=r,=r,r", asm_dialect=0)
             for n, into in enumerate((first, second)):
                 into[index] = mgpu.utils.bitcast(llvm.extractvalue(i32, answer, [n]), bf16x2)
         return tuple(
             mgpu.FragmentedArray(_registers=registers, _layout=pairs.layout, _is_signed=None) for registers in (first, second)
         )
 
-    return both(pairs)
+    run: Any = plgpu.inline_mgpu(arg_types=(TILE,), return_type=(result, result))(both)
+    return run(pairs)
