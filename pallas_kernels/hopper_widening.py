@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jax.extend.mlir import ir
 
 from pallas_kernels.hopper_scores import TILE
 
@@ -59,15 +58,19 @@ def widened(pairs: Any, narrow: Any) -> tuple[Any, Any]:
 
     def both(_: Any, pairs: Any) -> Any:
         i32, bf16x2 = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-        found = llvm.StructType.get_literal([i32, i32])
-        first, second = pairs.registers.copy(), pairs.registers.copy()
+        tiles = pairs.registers.copy(), pairs.registers.copy()
         for index, register in np.ndenumerate(pairs.registers):
-            answer: Any = llvm.inline_asm(found, [mgpu.utils.bitcast(register, i32)], code, "=r,=r,r", asm_dialect=0)
-            for n, into in enumerate((first, second)):
-                into[index] = mgpu.utils.bitcast(llvm.extractvalue(i32, answer, [n]), bf16x2)
-        return tuple(
-            mgpu.FragmentedArray(_registers=registers, _layout=pairs.layout, _is_signed=None) for registers in (first, second)
-        )
+            for into, found in zip(tiles, _assembled(code, mgpu.utils.bitcast(register, i32)), strict=True):
+                into[index] = mgpu.utils.bitcast(found, bf16x2)
+        return tuple(mgpu.FragmentedArray(_registers=own, _layout=pairs.layout, _is_signed=None) for own in tiles)
 
     run: Any = plgpu.inline_mgpu(arg_types=(TILE,), return_type=(result, result))(both)
     return run(pairs)
+
+
+def _assembled(code: str, x: Any) -> list[Any]:
+    """The two registers that PTX makes of one, 32 bits each."""
+    wanted: dict[str, Any] = {"asm_string": ir.StringAttr.get(code), "constraints": ir.StringAttr.get("=r,=r,r")}
+    both = ir.Operation.create("llvm.inline_asm", [ir.Type.parse("!llvm.struct<(i32, i32)>")], [x], wanted).result
+    at = [ir.DenseI64ArrayAttr.get([n]) for n in (0, 1)]
+    return [ir.Operation.create("llvm.extractvalue", [x.type], [both], {"position": position}).result for position in at]
