@@ -71,6 +71,7 @@ def forward(
     recipe, paging = recipe_of(shape, config, mask, interpret), Paging(page, config.block_k)
     arrays, products, is_real = jax.tree.leaves(mask), recipe.products, interpret is None
     may_say_nan = recipe.hides and narrow != jnp.int8  # 0 * NaN of a value that nobody sees would be NaN
+    # the same bytes at the same places: tiles of 8 rows by one swizzle, and nothing between keys' memory and values'
     tiles = tuple(tile((stages, BLOCK_K), dim, narrow) for dim in (E, all_of_v))
     in_pairs = tuple(tile((stages, BLOCK_K), dim // 2, jnp.int16) for dim in (E, all_of_v))
     _, at_once = swizzle_of(E // 2, jnp.int16)
