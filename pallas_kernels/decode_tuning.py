@@ -43,7 +43,7 @@ def eight_bit_config(*, rows: int, head_dim: int, value_head_dim: int) -> Decode
     >>> eight_bit_config(rows=65, head_dim=128, value_head_dim=128) is None
     True
     """
-    if rows > 64:
+    if rows > 64:  # `flash_decode.ROWS_OF_EIGHT_BITS`
         return None
     config = DecodeConfig(block_k=64, stages=2, warpgroups=1, row_tiles=2, queries=2, programs=2 * SMS)
     stages = next(

@@ -22,6 +22,9 @@ QUERIES = 16
 ROWS = 128
 """Of a group's heads times their queries: two warpgroups'."""
 
+ROWS_OF_EIGHT_BITS = 64
+"""The same where keys come in 8 bits: what the registers of one warpgroup hold (`decode_tuning.eight_bit_config`)."""
+
 KEYS = 256
 """Fewer of them are not worth a second launch."""
 
@@ -157,6 +160,17 @@ def decode(
     )  # fmt: skip
     out, lse = hopper_merge.merge(shape, shares, in_pairs=narrow is not None, interpret=interpret)(parts, lses, before, sinks)
     return out[..., :Ev], lse
+
+
+def copies_scales(key_scale: Any, value_scale: Any, key_len: int, pages: Any) -> bool:
+    """Whether the scales of keys or values are not read where they lie: numbers that keys share are made many, others are made
+    float32, or padded to a multiple of 8 keys. Of shapes alone."""
+
+    def copied(scale: Any) -> bool:
+        shared = scale.shape[2] == 1 or (pages is not None and scale.shape[0] == 1)
+        return shared or scale.dtype != jnp.float32 or (pages is None and key_len % 8 != 0)
+
+    return copied(key_scale) or copied(value_scale)
 
 
 def _scales(scale: Any, key_len: int, key: jax.Array, pages: Any, *, gathered: bool) -> jax.Array:

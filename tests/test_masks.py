@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import band, lengths, packed, same_segment
 
-from jax_sdpa import scaled_dot_product_attention
+from jax_sdpa import dot_product_attention, scaled_dot_product_attention
+from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention import bias as bias_module
 from jax_sdpa.attention.bias import (
     And,
@@ -238,13 +239,39 @@ def test_key_valid_hides_what_nobody_sees():
         sliding_window(2, 2, jnp.asarray(-3)),
         KeyLengths(4, 2),
         KeyLengths(0),
+        QueryLengths(3, 3),
+        QueryLengths(jnp.asarray(0)),
     ):
-        keep = np.asarray(mask.materialise(4, 9))
+        keep = np.broadcast_to(mask.materialise(4, 9), (4, 9))
         np.testing.assert_array_equal(np.broadcast_to(mask.key_valid(4, 9), 9), keep.any(0), err_msg=str(mask))
+    for mask in (
+        causal() & QueryLengths(2),
+        QueryLengths(jnp.asarray(3), jnp.asarray(1)) & sliding_window(1, 0, 2) & KeyLengths(4),
+        QueryLengths(3, 3) & causal(1),
+    ):
+        keep = np.broadcast_to(np.asarray(mask.materialise(4, 9)), (1, 1, 4, 9)).any((0, 1, 2))
+        np.testing.assert_array_equal(np.broadcast_to(mask.key_valid(4, 9), 9), keep, err_msg=str(mask))
+        queries = np.broadcast_to(np.asarray(mask.materialise(4, 9)), (1, 1, 4, 9)).any((0, 1, 3))
+        np.testing.assert_array_equal(np.broadcast_to(mask.transposed().key_valid(9, 4), 4), queries, err_msg=str(mask))
     ids = SegmentIds(jnp.array([2, 0, -1, 0]), jnp.array([0, 1, 2, -1, 3, 0]))
     np.testing.assert_array_equal(ids.key_valid(4, 6), [1, 0, 1, 0, 0, 1])
     assert causal(5).key_valid(4, 9) is None
     assert EVERYTHING.key_valid(4, 9) is None
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
+def test_keys_behind_the_last_query_that_exists_may_be_nan(backend):
+    """Under a causal mask they are nobody's, like those behind a length of keys; gradients too."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 1, 8)), jnp.float32)
+
+    def call(query, key):
+        with sdpa_kernel(backend):
+            return dot_product_attention(query, key, key, query_seq_lengths=jnp.array([2]), is_causal=True)
+
+    poisoned = x.at[:, 2:].set(jnp.nan)
+    np.testing.assert_array_equal(call(x, poisoned), call(x, x))
+    grads = [jax.grad(lambda q, k: call(q, k).sum(), (0, 1))(x, key) for key in (poisoned, x)]
+    jax.tree.map(np.testing.assert_array_equal, *grads)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64"])

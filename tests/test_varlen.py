@@ -572,6 +572,22 @@ def test_the_promise_of_the_same_bits_in_any_batch_is_refused_where_nobody_keeps
 
 @needs_mosaic
 @pytest.mark.parametrize(
+    ("max_q", "dtype", "why_not"), [(8, "bfloat16", None), (9, "bfloat16", "at most 64 queries"), (9, "float16", None)]
+)
+def test_it_does_not_hang_on_the_others_queries_whether_a_cache_of_8_bits_is_widened_first(max_q, dtype, why_not):
+    """With 72 rows it would be; float16 queries have it widened with any number of rows."""
+    q, pool, scale = shape((18, 8, 128), dtype), shape((8, 32, 1, 128), jnp.int8), shape((8, 1, 32), jnp.float32)
+    cu, used, table = shape((3,), jnp.int32), shape((2,), jnp.int32), shape((2, 3), jnp.int32)
+    choice = explain(
+        q, pool, pool, cu, None, max_q, 96, enable_gqa=True, seqused_k=used, block_table=table, num_splits=1, key_scale=scale,
+        value_scale=scale, call=varlen_attn, device="cuda:sm90",
+    )  # fmt: skip
+    assert choice.backend is (None if why_not else SDPBackend.FLASH_ATTENTION)
+    assert not why_not or why_not in " ".join(choice.rejected[SDPBackend.FLASH_ATTENTION])
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
     ("max_q", "heads", "why_not"),
     [(1, 4, None), (16, 4, None), (17, 4, "Got 17 and 34"), (4, 80, "128 with the heads of a group. Got 4 and 160"), (1, 40, None)],
 )

@@ -81,8 +81,12 @@ class Flash(Implementation):
         if decodes:
             shared = "one sequence after another" if request.spec.batch_invariant else "shared out over the chip"
             notes.append(f"The decode kernels run it: keys are read once for a group's heads, {shared}.")
-        if eight_bits and self.takes_pages(request) and request.key.shape[1] < SCALES_OF_PAGE:
-            notes.append(f"The scales of pages of fewer than {SCALES_OF_PAGE} keys are gathered.")
+        if eight_bits:
+            if self.takes_pages(request) and request.key.shape[1] < SCALES_OF_PAGE:
+                notes.append(f"The scales of pages of fewer than {SCALES_OF_PAGE} keys are gathered.")
+            if flash_decode.copies_scales(request.key_scale, request.value_scale, request.key_len, request.pages):
+                of = "a pool's too, " if request.pages is not None else ""
+                notes.append(f"Scales are written out for each key, {of}in float32: they are shared by keys, or of another dtype.")
         if names:
             step = "thirty-twos, of values beyond 128 in 128s" if eight_bits else "sixteens"
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in {step}.")
@@ -115,7 +119,16 @@ class Flash(Implementation):
             most = f"at most {flash_decode.QUERIES} queries a sequence, {flash_decode.ROWS} with the heads of a group"
             got = f"{request.query_len} and {request.group * request.query_len}"
             return [f"num_splits=1, the same bits for a sequence in any batch, is kept by the decode kernels: {most}. Got {got}."]
+        if self._widens_for_its_rows(request):
+            return [
+                "num_splits=1, the same bits for a sequence in any batch: a cache of 8 bits is read as it is with at most "
+                f"{flash_decode.ROWS_OF_EIGHT_BITS} queries with the heads of a group. Got {request.group * request.query_len}."
+            ]
         return []
+
+    def _widens_for_its_rows(self, request: SdpaRequest) -> bool:
+        """Whether a cache of 8 bits is widened first because of how many queries there are: with fewer it would not be."""
+        return request.key_scale is not None and request.query.dtype == jnp.bfloat16 and not self.takes_eight_bits(request)
 
     def takes_pages(self, request: SdpaRequest) -> bool:
         if request.pages is None or symbolic_sizes(request) or compat.is_symbolic(request.key.shape[0]):

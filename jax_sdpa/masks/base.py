@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
@@ -144,6 +144,13 @@ class Mask:
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         raise NotImplementedError
 
+    slides = False
+    """Whether `kv_range` is arithmetic on q_lo and q_hi that takes a number per batch entry for them."""
+
+    def queries(self, q_lo: Index, q_hi: Index) -> tuple[Index, Index]:
+        """Those of the block [q_lo, q_hi) that exist; none where the second is no larger than the first."""
+        return q_lo, q_hi
+
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         raise NotImplementedError
 
@@ -223,17 +230,14 @@ class And(Mask):
         return kept
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return self._common(Mask.kv_range.__name__, q_lo, q_hi, L, S)
+        """Where it slides with the queries, that of those that exist: what is past the last one's is nobody's, and may be NaN."""
+        some_lo, some_hi = q_lo, q_hi
+        for mask in self.masks:
+            some_lo, some_hi = mask.queries(some_lo, some_hi)
+        return _common((mask.kv_range(*((some_lo, some_hi) if mask.slides else (q_lo, q_hi)), L, S) for mask in self.masks), S)
 
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return self._common(Mask.full_range.__name__, q_lo, q_hi, L, S)
-
-    def _common(self, question: str, *block: Index) -> tuple[Index, Index]:
-        lo, hi = 0, block[-1]
-        for mask in self.masks:
-            own_lo, own_hi = getattr(mask, question)(*block)
-            lo, hi = maximum(lo, own_lo), minimum(hi, own_hi)
-        return lo, maximum(lo, hi)
+        return _common((mask.full_range(q_lo, q_hi, L, S) for mask in self.masks), S)
 
     def key_valid(self, L: Index, S: Index) -> Any:
         """The keys that every part lets somebody see, and that lie in the common range of all queries."""
@@ -246,6 +250,13 @@ class And(Mask):
                 answer = valid & answer
             valid = valid if answer is None else answer
         return valid
+
+
+def _common(ranges: Iterable[tuple[Index, Index]], S: Index) -> tuple[Index, Index]:
+    lo, hi = 0, S
+    for own_lo, own_hi in ranges:
+        lo, hi = maximum(lo, own_lo), minimum(hi, own_hi)
+    return lo, maximum(lo, hi)
 
 
 def as_mask(value: Any) -> Mask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax_sdpa.masks.base import Index, Mask, clip, int32, less, maximum, size_if, spread
+from jax_sdpa.masks.base import Index, Mask, clip, int32, less, maximum, minimum, size_if, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Band(Mask):
     right: int = -1
     offset: Any = 0
     arrays = ("offset:0",)
+    slides = True
 
     def __post_init__(self) -> None:
         for name, distance in (("left", self.left), ("right", self.right)):
@@ -161,9 +162,12 @@ class QueryLengths(Mask):
     def moved(self, by: Any) -> Mask:
         return _Between(None if self.starts is None else self.starts - by, self.lengths - by, of_queries=1)
 
+    def queries(self, q_lo: Index, q_hi: Index) -> tuple[Index, Index]:
+        return q_lo if self.starts is None else maximum(q_lo, self.starts), minimum(q_hi, self.lengths)
+
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        some = q_lo < self.lengths
-        return 0, size_if(some if self.starts is None else some & (q_hi > self.starts), S)
+        some_lo, some_hi = self.queries(q_lo, q_hi)
+        return 0, size_if(some_lo < some_hi, S)
 
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         every = q_hi <= self.lengths
