@@ -479,7 +479,7 @@ def test_the_same_bits_alone_and_in_a_batch_interpreted(name, ns):
 
 
 LONG = {
-    "64 sequences, pages of 16": lambda: paged([1] * 64, np.random.default_rng(0).integers(0, 280, 64), 16, 18, (-1, 0), Hq=8, Hk=2, E=64),
+    "24 sequences, pages of 16": lambda: paged([1] * 24, np.random.default_rng(0).integers(0, 280, 24), 16, 18, (-1, 0), Hq=8, Hk=2, E=64),
     "four queries, a window, pages of 128": lambda: paged([4, 1, 0, 3], [2048, 1000, 7, 129], 128, 16, (500, 0), Hq=8, Hk=2, E=64),
     "pages of 8, odd head dims": lambda: paged([1, 2, 1], [999, 0, 1], 8, 125, (-1, -1), Hq=4, Hk=4, E=40),
 }  # fmt: skip
