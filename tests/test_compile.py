@@ -88,7 +88,7 @@ CLEAN = [
     (SHORT, 256, "causal"),
     (LONG, 96, "full"),
 ]
-SPILLS = {(LONG, 128, "dropout"): 4, (LONG, 128, "packed"): 4, (SHORT, 256, "full"): 24}  # bytes of spill stores
+SPILLS = {(LONG, 128, "dropout"): 4, (LONG, 128, "packed"): max(4, 8), (SHORT, 256, "full"): 24}  # as BACKWARD_SPILLS
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ BACKWARD_SPILLS = {  # bytes of spill stores, the larger one of the kernels' and
     (64, "fused"): 24, (64, "fused, causal"): max(76, 92),
     (64, "fused, dropout"): max(124, 132), (64, "fused, causal dropout"): max(280, 288),
     (192, "causal"): max(4, 56), (256, "full"): max(356, 360), (256, "causal"): max(396, 412),
-    (256, "roles, causal"): 44,
+    (256, "roles, causal"): max(44, 72),
 }  # fmt: skip
 
 
