@@ -8,6 +8,9 @@ from pallas_kernels.contracts import DecodeConfig
 from pallas_kernels.tuning import SHARED_MEMORY, SMS
 from pallas_kernels.visits import cdiv
 
+ROWS_OF_EIGHT_BITS = 64
+"""Of a group's heads times queries, where keys come in 8 bits: what the registers of one warpgroup hold."""
+
 
 def decode_config(*, rows: int, head_dim: int, value_head_dim: int) -> DecodeConfig:
     """The configuration for a group's rows (heads times queries) and head dims, multiples of 16.
@@ -43,9 +46,9 @@ def eight_bit_config(*, rows: int, head_dim: int, value_head_dim: int) -> Decode
     >>> eight_bit_config(rows=65, head_dim=128, value_head_dim=128) is None
     True
     """
-    if rows > 64:  # `flash_decode.ROWS_OF_EIGHT_BITS`
+    if rows > ROWS_OF_EIGHT_BITS:
         return None
-    config = DecodeConfig(block_k=64, stages=2, warpgroups=1, row_tiles=2, queries=2, programs=2 * SMS)
+    config = DecodeConfig(block_k=64, stages=2, warpgroups=1, programs=2 * SMS)
     stages = next(
         n for n in (4, 3, 2) if n == 2 or 2 * (eight_bit_bytes(n, rows, head_dim, value_head_dim) + 1024) <= SHARED_MEMORY
     )

@@ -22,9 +22,6 @@ QUERIES = 16
 ROWS = 128
 """Of a group's heads times their queries: two warpgroups'."""
 
-ROWS_OF_EIGHT_BITS = 64
-"""The same where keys come in 8 bits: what the registers of one warpgroup hold (`decode_tuning.eight_bit_config`)."""
-
 KEYS = 256
 """Fewer of them are not worth a second launch."""
 

@@ -40,7 +40,7 @@ from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
 from pallas_kernels.hopper_memory import rows_of, tile
-from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
+from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, bring_numbers, key_gradients
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
 from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, survivor_scale
 from pallas_kernels.visits import cdiv
@@ -316,11 +316,7 @@ def dkv(
 
                 pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
                 bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
-                for ref, target in ((numbers_ref, numbers_s), (words_ref, words_s)):
-                    if ref is not None:
-                        plgpu.copy_gmem_to_smem(
-                            ref.at[b, h, pl.ds(0, target.shape[1]), pl.ds(t * bq, bq)], target.at[now], q_ready.at[now]
-                        )
+                bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
                 operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
                 pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
                 bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
@@ -335,19 +331,17 @@ def dkv(
 
         in_roles(config, wg, compute, load_all, interpret)
 
-    rows_out = cdiv(shape.key_len, 8) * 8
     dims = {"dk": E, "dv": Ev}
-    sizes: list[tuple[int, ...]] = [
-        (B, H * split, rows_out, dims[name]) if shape.layout == "BHLE" else (B, rows_out, H * split, dims[name]) for name in wants
-    ]
+    results = key_gradients(shape, split, *(dims[name] for name in wants))
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     if fused and interpret is not None:
-        sizes.append((items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E))
+        own_dq = (items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E)
+        results.append(jax.ShapeDtypeStruct(own_dq, jnp.float32))
     return launch(
         kernel,
         config,
         out_type=[
-            *(jax.ShapeDtypeStruct(size, dtype if len(size) == 4 else jnp.float32) for size in sizes),
+            *results,
             *([jax.ShapeDtypeStruct((B, shape.q_heads, items.row_tiles * config.rows), jnp.float32)] if adds_up else []),
         ],
         programs=items.programs,

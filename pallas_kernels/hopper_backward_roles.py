@@ -42,7 +42,7 @@ from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
 from pallas_kernels.hopper_memory import rows_of, tile
-from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
+from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, bring_numbers, key_gradients
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
 from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, survivor_scale
 from pallas_kernels.visits import cdiv
@@ -254,11 +254,7 @@ def dkv_in_roles(
 
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[now]))  # whose memory it gets
                 bring(copy(q_ref), q_at(n), q_ready.at[now], part, came)
-                for ref, target in ((numbers_ref, numbers_s), (words_ref, words_s)):
-                    if ref is not None:
-                        plgpu.copy_gmem_to_smem(
-                            ref.at[b, h, pl.ds(0, target.shape[1]), pl.ds(t * bq, bq)], target.at[now], q_ready.at[now]
-                        )
+                bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
                 operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
                 bring(copy(do_ref), do_at(n), do_ready.at[now], part, came)
@@ -273,15 +269,12 @@ def dkv_in_roles(
 
         in_roles(config, wg, compute, load_all, interpret)
 
-    rows_out = cdiv(shape.key_len, 8) * 8
-    size = (B, H * split, rows_out, E) if shape.layout == "BHLE" else (B, rows_out, H * split, E)
-    barrier, result = plgpu.Barrier, jax.ShapeDtypeStruct(size, dtype)
+    barrier, results = plgpu.Barrier, key_gradients(shape, split, E, E)
     return launch(
         kernel,
         config,
         out_type=[
-            result,
-            result,
+            *results,
             *([jax.ShapeDtypeStruct((B, shape.q_heads, items.row_tiles * bk), jnp.float32)] if adds_up else []),
         ],
         programs=items.programs,

@@ -26,7 +26,7 @@ from pallas_kernels.hopper_hidden import seen_by_any
 from pallas_kernels.hopper_keys import Ring
 from pallas_kernels.hopper_memory import rows_of, tile
 from pallas_kernels.hopper_merge import WIDTH
-from pallas_kernels.hopper_pieces import Paging, pieces_of, recipe_of
+from pallas_kernels.hopper_pieces import Paging, operands_of, pieces_of, recipe_of
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
 from pallas_kernels.hopper_scores import Rows
 from pallas_kernels.online_softmax import over_columns
@@ -153,9 +153,6 @@ def forward(
         scale: Any = None,
         pages: Any = None,
     ) -> tuple[jax.Array, jax.Array]:
-        where, more = ([x for x in given if x is not None] for given in ([before], [pages]))
-        if shape.scale is None:
-            more = [scale.astype(jnp.float32), *more]
-        return call(query, key, value, *where, *mask_arrays, *more)
+        return call(query, key, value, *operands_of(before, mask_arrays, scale, pages))
 
     return run

@@ -34,16 +34,13 @@ from pallas_kernels.contracts import DecodeConfig, ForwardShape
 from pallas_kernels.hopper_hidden import Part, bring, seen_by_any
 from pallas_kernels.hopper_memory import swizzle_of, tile
 from pallas_kernels.hopper_merge import WIDTH
-from pallas_kernels.hopper_pieces import Paging, Pieces, pieces_of, recipe_of
+from pallas_kernels.hopper_pieces import Paging, Pieces, operands_of, pieces_of, recipe_of
 from pallas_kernels.hopper_program import drain, launch, slot
-from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, filled, mask_of, scale_at
+from pallas_kernels.hopper_scores import COLUMN, ROW, TILE, adjusted, filled, mask_of
 from pallas_kernels.hopper_widening import widened
-from pallas_kernels.online_softmax import LOG2E, over_columns, over_rows
+from pallas_kernels.online_softmax import over_columns, over_rows
 from pallas_kernels.shares import Shares
 from pallas_kernels.visits import cdiv
-
-BLOCK_K = 64
-"""Keys of a tile: the rows of one wgmma."""
 
 KEY, VALUE = 0, 1  # whose scales
 
@@ -66,14 +63,14 @@ def forward(
     a multiple of 8 rows. The scales are float32, (1|B, 1|H, S), S a multiple of 4, or where they lie, (pages, 1|H, page), if a page
     has at least SCALES_OF_PAGE keys. out: (slots, rows, n, 2, 64), of each 128 columns the even ones, then the odd ones.
     """
-    E, Ev, dtype, stages = shape.head_dim, shape.value_head_dim, shape.dtype, config.stages
+    E, Ev, dtype, stages, bk = shape.head_dim, shape.value_head_dim, shape.dtype, config.stages, config.block_k
     columns, all_of_v = cdiv(shape.group * shape.query_len, 8) * 8, whole_products(Ev)
     recipe, paging = recipe_of(shape, config, mask, interpret), Paging(page, config.block_k)
     arrays, products, is_real = jax.tree.leaves(mask), recipe.products, interpret is None
     may_say_nan = recipe.hides and narrow != jnp.int8  # 0 * NaN of a value that nobody sees would be NaN
     # the same bytes at the same places: tiles of 8 rows by one swizzle, and nothing between keys' memory and values'
-    tiles = tuple(tile((stages, BLOCK_K), dim, narrow) for dim in (E, all_of_v))
-    in_pairs = tuple(tile((stages, BLOCK_K), dim // 2, jnp.int16) for dim in (E, all_of_v))
+    tiles = tuple(tile((stages, bk), dim, narrow) for dim in (E, all_of_v))
+    in_pairs = tuple(tile((stages, bk), dim // 2, jnp.int16) for dim in (E, all_of_v))
     _, at_once = swizzle_of(E // 2, jnp.int16)
 
     def pairs(memory: tuple[Any, Any], now: Any, where: Any, *, transposed: bool) -> tuple[Any, Any]:
@@ -118,7 +115,7 @@ def forward(
                 for where in cut
                 for parity, x in enumerate(pairs((k8, k16), now, where, transposed=False))
             ]
-            return products.sum(operands, (BLOCK_K, columns))
+            return products.sum(operands, (bk, columns))
 
         def attend(n: Any, done: Any) -> Any:
             """Piece n, `done` tiles into the ring."""
@@ -134,10 +131,10 @@ def forward(
                 now, t = slot(done + i, stages), walk.tile(i)
                 plgpu.barrier_wait(k_ready.at[now])
                 s = scores(q, now) * over_columns(by_key(KEY, now), l)
-                s = _cut(pieces, b, _adjusted(pieces, b, s), walk, i)
+                s = _cut(pieces, b, adjusted(recipe, pieces.refs, b, s), walk, i)
                 m, shrink, p = online_softmax.powers(s, recipe.factor, m, axis=0)
                 l = l * over_rows(shrink, l) + p
-                part = None if seen is None else seen.part(t * BLOCK_K, BLOCK_K)
+                part = None if seen is None else seen.part(t * bk, bk)
                 p_s.transpose((1, 0))[...] = (p * over_columns(_kept(by_key(VALUE, now), part), p)).astype(dtype)
                 plgpu.barrier_wait(v_ready.at[now])
                 values = [
@@ -149,7 +146,7 @@ def forward(
                 return *products.add_each(accs, values, p_s.transpose((1, 0))), m, l
 
             start = [filled((64, columns), 0.0, TILE) for _ in range(all_of_v // 64)]
-            state = (*start, filled((columns,), -jnp.inf, COLUMN), filled((BLOCK_K, columns), 0.0, TILE))
+            state = (*start, filled((columns,), -jnp.inf, COLUMN), filled((bk, columns), 0.0, TILE))
             *accs, m, l = pieces.loop(0, walk.steps, step, state)
             share, lse = online_softmax.finish(m, l.sum(axis=0), recipe.factor)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
@@ -177,7 +174,7 @@ def forward(
 
             def step(i: Any, _: Any) -> None:
                 now, t = slot(done + i, stages), walk.tile(i)
-                part = None if seen is None else seen.part(t * BLOCK_K, BLOCK_K)
+                part = None if seen is None else seen.part(t * bk, bk)
                 pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(free.at[now]))
                 pieces.keys(k_ref, b, h, t)(k8.at[now], k_ready.at[now])
                 for of, scales in ((KEY, key_scales), (VALUE, value_scales)):
@@ -203,8 +200,8 @@ def forward(
         scratch_types={
             "q_s": tile((2, 2, columns), E // 2, dtype),
             "kv_s": plgpu.RefUnion(tiles, in_pairs) if is_real else tiles,
-            "scales_s": plgpu.SMEM((stages, 2, BLOCK_K), jnp.float32),
-            "p_s": tile((columns,), BLOCK_K, dtype),
+            "scales_s": plgpu.SMEM((stages, 2, bk), jnp.float32),
+            "p_s": tile((columns,), bk, dtype),
             "out_s": tile((all_of_v // 64, columns), 64, jnp.float32),
             "lse_s": plgpu.SMEM((columns,), jnp.float32),
             "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
@@ -221,26 +218,12 @@ def forward(
         query: Any, key: Any, value: Any, *, before: Any = None, mask_arrays: Sequence[Any] = (), scale: Any = None,
         pages: Any = None, key_scale: Any = None, value_scale: Any = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        where, more = ([x for x in given if x is not None] for given in ([before], [pages]))
-        if shape.scale is None:
-            more = [scale.astype(jnp.float32), *more]
         B, H, rows, _ = query.shape
         even_odd = jnp.moveaxis(query.reshape(B, H, rows, E // 2, 2), -1, 2)  # (B, H, 2, rows, E / 2)
-        out, lse = call(even_odd, key, value, *where, *mask_arrays, *more, key_scale, value_scale)
+        out, lse = call(even_odd, key, value, *operands_of(before, mask_arrays, scale, pages), key_scale, value_scale)
         return out.reshape(*out.shape[:2], all_of_v // WIDTH, 2, 64), lse
 
     return run
-
-
-def _adjusted(pieces: Pieces, b: Any, s: Any) -> Any:
-    """The scores of a tile (keys, queries) after scale, where it cannot wait for the exponent, and softcap."""
-    recipe, softcap = pieces.recipe, pieces.recipe.shape.softcap
-    if not recipe.waits:
-        s = s * scale_at(recipe.shape, pieces.refs, b)
-    if softcap is not None:
-        # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
-        s = softcap - (2 * softcap) / (1 + jnp.exp2(s * (2 * LOG2E / softcap)))
-    return s
 
 
 def _cut(pieces: Pieces, b: Any, s: Any, walk: Any, i: Any) -> Any:
@@ -250,7 +233,7 @@ def _cut(pieces: Pieces, b: Any, s: Any, walk: Any, i: Any) -> Any:
         return s
 
     def masked(s: Any) -> Any:
-        key = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=TILE) + walk.tile(i) * BLOCK_K
+        key = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=TILE) + walk.tile(i) * recipe.config.block_k
         query = 0 if L == 1 else lax.rem(plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE), np.int32(L))
         kept: Any = key < recipe.shape.key_len
         if recipe.mask is not None:

@@ -108,24 +108,24 @@ class Bits:
 
 def seen_by_any(recipe: Recipe, refs: Refs, b: Any, h: Any = 0) -> Span | Bits | None:
     """Of the tiles that stream past: which rows are seen; None where all are."""
-    if refs.seen is not None:
-        return Bits(refs.seen, shared(refs.seen, b, h))
-    if not recipe.hides:
-        return None
-    rows, columns = recipe.shape.query_len, recipe.shape.key_len
-    lo, hi = mask_of(recipe, refs, b).kv_range(0, rows, rows, columns)
-    return Span(lo, hi, columns)
+    return _seen(recipe, refs, b, h, refs.seen, recipe.hides, own=False)
 
 
 def own_seen_by_any(recipe: Recipe, refs: Refs, b: Any, h: Any = 0) -> Span | Bits | None:
     """Of a program's own rows."""
-    if refs.own_seen is not None:
-        return Bits(refs.own_seen, shared(refs.own_seen, b, h))
-    if not recipe.own_hides:
+    return _seen(recipe, refs, b, h, refs.own_seen, recipe.own_hides, own=True)
+
+
+def _seen(recipe: Recipe, refs: Refs, b: Any, h: Any, told: Any, hides: bool, *, own: bool) -> Span | Bits | None:
+    if told is not None:
+        return Bits(told, shared(told, b, h))
+    if not hides:
         return None
-    rows, columns = recipe.shape.query_len, recipe.shape.key_len
-    lo, hi = mask_of(recipe, refs, b).transposed().kv_range(0, columns, columns, rows)
-    return Span(lo, hi, rows)
+    mask, sizes = mask_of(recipe, refs, b), (recipe.shape.query_len, recipe.shape.key_len)
+    if own:
+        mask, sizes = mask.transposed(), sizes[::-1]
+    lo, hi = mask.kv_range(0, sizes[0], *sizes)
+    return Span(lo, hi, sizes[1])
 
 
 def clear(memory: Any, part: Part) -> None:

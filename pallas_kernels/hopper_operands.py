@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,6 +50,21 @@ def query_words(generator: Any, seeds: jax.Array, length: int) -> jax.Array:
         queries = queries + seeds[..., 2, None]
     words = generator.query_words(seeds[..., 0, None], seeds[..., 1, None], queries)
     return jnp.stack(words, axis=2)
+
+
+def bring_numbers(operands: Sequence[tuple[Any, Any]], b: Any, h: Any, t: Any, now: Any, ready: Any) -> None:
+    """Ask for the numbers of query tile t's rows: (an operand (B, Hq, n, length) or None, its ring (stages, n, block)) each."""
+    for ref, ring in operands:
+        if ref is not None:
+            n, block = ring.shape[1:]
+            plgpu.copy_gmem_to_smem(ref.at[b, h, pl.ds(0, n), pl.ds(t * block, block)], ring.at[now], ready.at[now])
+
+
+def key_gradients(shape: ForwardShape, split: int, *dims: int) -> list[jax.ShapeDtypeStruct]:
+    """What holds dk or dv of so wide heads, in the call's layout: those of each share of a group, lengths in eights."""
+    B, heads, rows = shape.batch, shape.kv_heads * split, cdiv(shape.key_len, 8) * 8
+    lead = (B, heads, rows) if shape.layout == "BHLE" else (B, rows, heads)
+    return [jax.ShapeDtypeStruct((*lead, dim), shape.dtype) for dim in dims]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import visits
 from pallas_kernels.contracts import SCALES_OF_PAGE, DecodeConfig, ForwardShape
 from pallas_kernels.hopper_hidden import hidden_by_numbers
+from pallas_kernels.hopper_keys import Copy
 from pallas_kernels.hopper_memory import rows_of
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_scores import Recipe, Refs, mask_of, shared
 from pallas_kernels.shares import Shares
-
-Copy = Callable[[Any, Any], None]  # (a tile in shared memory, the barrier that hears of its bytes)
 
 
 def recipe_of(shape: ForwardShape, config: DecodeConfig, mask: Any, interpret: Any) -> Recipe:
@@ -150,6 +149,12 @@ class Pieces:
                 plgpu.copy_gmem_to_smem(operand.at[page, lead[1], pl.ds(row, rows.size)], memory.at[rows], ready)
 
         return copy
+
+
+def operands_of(before: Any, mask_arrays: Sequence[Any], scale: Any, pages: Any) -> list[Any]:
+    """What `pieces_of` reads, in its order; None: there is none."""
+    scale = None if scale is None else scale.astype(jnp.float32)
+    return [x for x in (before, *mask_arrays, scale, pages) if x is not None]
 
 
 def pieces_of(

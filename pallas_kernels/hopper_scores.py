@@ -128,6 +128,17 @@ def scale_at(shape: ForwardShape, refs: Refs, b: Any) -> Any:
     return shape.scale if refs.scale is None else refs.scale[shared(refs.scale, b)]
 
 
+def adjusted(recipe: Recipe, refs: Refs, b: Any, s: Any) -> Any:
+    """A tile of scores of batch entry b after scale, where it cannot wait for the exponent, and softcap."""
+    softcap = recipe.shape.softcap
+    if not recipe.waits:
+        s = s * scale_at(recipe.shape, refs, b)
+    if softcap is not None:
+        # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
+        s = softcap - (2 * softcap) / (1 + jnp.exp2(s * (2 * LOG2E / softcap)))
+    return s
+
+
 def survivor_scale(shape: ForwardShape, generator: Any) -> float:
     """1 / (1 - p), by which dropout multiplies what survives."""
     return 1.0 if shape.dropout_p == 0 else 1 / (1 - generator.rounded(shape.dropout_p))
@@ -298,11 +309,7 @@ class Rows:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
-        if not recipe.waits:
-            s = s * scale_at(shape, refs, self.b)
-        if shape.softcap is not None:
-            # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
-            s = shape.softcap - (2 * shape.softcap) / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))
+        s = adjusted(recipe, refs, self.b, s)
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):

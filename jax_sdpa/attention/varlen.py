@@ -76,8 +76,8 @@ def varlen_attn(
         block_table: integer (N, max_pages), with `seqused_k`: key j of sequence n is row j % page of page
             block_table[n, j // page]. Entries behind the pages that are used may be anything. Inference only.
         num_splits: None, or an int >= 1: how often a sequence's keys may be split. 1 asks for the same bits for a sequence alone
-            and in any batch: FLASH keeps that with a `block_table` and max_q of at most 16, max_q * Hq / H of at most 128; all
-            else is refused. Other numbers are hints, which nothing here needs.
+            and in any batch: FLASH keeps that with a `block_table` and max_q of at most 16, max_q * Hq / H of at most 128 (keys
+            of 8 bits: 64); all else is refused. Other numbers are hints, which nothing here needs.
         key_scale, value_scale: float, broadcastable into (H, T_k), with `block_table` into (pages, H, page), of key and value in
             int8 or float8_e4m3fn: as in `jax_sdpa.dot_product_attention`.
 
@@ -94,8 +94,9 @@ def varlen_attn(
     Differentiable in query, key, value and an array scale. What no query sees may hold anything, NaN included.
 
     FLASH reads the pages of a decode step where they lie: max_q of at most 16, max_q * Hq / H of at most 128, max_pages * page of
-    at least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16 (8 bits: 32). Otherwise, and on the other backends, XLA
-    gathers them into (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
+    at least 256, a page of 8, 16, 32 … keys, head dims in multiples of 16. Of keys of 8 bits: max_q * Hq / H of at most 64, head
+    dims in multiples of 32, of values beyond 128 in multiples of 128. Otherwise, and on the other backends, XLA gathers them into
+    (N, max_pages * page, H, D) first, a copy of the sequences' own cache; `explain` says which.
 
     Source: torch.nn.attention.varlen.varlen_attn, torch 2.13. Differs: runs on every backend and device; the head dim of values may
     be another; lse is (Hq, T_q), as torch's kernels return it (its docstring has it transposed); no `varlen_attn_out`.

@@ -19,6 +19,7 @@ from jax_sdpa.implementations.efficient import Efficient
 from jax_sdpa.request import SdpaRequest
 from pallas_kernels import dense, flash_attention, flash_backward, flash_decode
 from pallas_kernels.contracts import SCALES_OF_PAGE, has_ids
+from pallas_kernels.decode_tuning import ROWS_OF_EIGHT_BITS
 
 DTYPES = ("float16", "bfloat16")
 ARCHITECTURE = (9, 0)  # Hopper: wgmma and TMA
@@ -122,7 +123,7 @@ class Flash(Implementation):
         if self._widens_for_its_rows(request):
             return [
                 "num_splits=1, the same bits for a sequence in any batch: a cache of 8 bits is read as it is with at most "
-                f"{flash_decode.ROWS_OF_EIGHT_BITS} queries with the heads of a group. Got {request.group * request.query_len}."
+                f"{ROWS_OF_EIGHT_BITS} queries with the heads of a group. Got {request.group * request.query_len}."
             ]
         return []
 
