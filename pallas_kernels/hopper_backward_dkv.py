@@ -36,6 +36,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
+from pallas_kernels.hopper_adding import add_into
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
@@ -79,7 +80,7 @@ def dkv(
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
-               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
+               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None,
                ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, out_s: Any = None, came: Any = None,
                **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
@@ -149,35 +150,33 @@ def dkv(
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in found)
 
             def spread(n: Any, r: Any, i: Any) -> Spread:
-                """Of step n; what is taken and given belongs to the step before, at (r, i)."""
+                """Of step n; what is taken and given belongs to the step before, at (r, i), or, at once, to this one."""
                 own, buffer = pl.ds(wg * bk, bk), slot(n, 2)
+                taken = buffer if config.plain else 1 - buffer
                 columns = pl.ds(0, E) if by_rows else pl.ds(wg * part[1], part[1])
-                first_row = rows_at(r).walk.tile(i) * bq + (wg * bk if by_rows else 0)
-                where = (b, head(r), pl.ds(first_row, part[0]), columns)
+                where = (b, head(r), rows_at(r).walk.tile(i), wg)
 
                 def put(ds: Any) -> None:
-                    pl.when(n > done)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
+                    pl.when(n > done + (1 if config.plain else 0))(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
                     ds_s[buffer, own] = ds
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_ready.at[buffer])
 
                 def take() -> tuple[Any, Any]:
-                    plgpu.barrier_wait(ds_ready.at[1 - buffer])
-                    ds = ds_s.at[1 - buffer, :, own] if by_rows else ds_s.at[1 - buffer]
+                    plgpu.barrier_wait(ds_ready.at[taken])
+                    ds = ds_s.at[taken, :, own] if by_rows else ds_s.at[taken]
                     return ds.transpose((1, 0)), k_s if by_rows else k_s.at[:, columns]
 
                 def give(dq: Any) -> None:
-                    plgpu.barrier_arrive(ds_free.at[1 - buffer])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_s[wg] = dq
-                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_free.at[taken])
 
-                    @pl.when(n > done)  # the first step has none before it: zeros were multiplied
-                    def _() -> None:
+                    def add() -> None:
                         if interpret is None:
-                            plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[where], reduction_op="add")
+                            add_into(dq_ref.at[where], dq)
                         else:
-                            plgpu.copy_smem_to_gmem(dq_s.at[wg], dq_ref.at[(key_tile, *where)])
+                            dq_ref[(key_tile, *where)] = dq
+
+                    add() if config.plain else pl.when(n > done)(add)  # the first step has none before it: zeros were multiplied
 
                 return Spread(part, put, take, give)
 
@@ -239,7 +238,8 @@ def dkv(
                     None if last else (q_s.at[following], do_s.at[following]), dtype=dtype, free=free, before_next=before_next,
                     weights=rows.weights,
                     gradient=functools.partial(gradient, rows, now),
-                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed), spread=spread(n, *before),
+                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed),
+                    spread=spread(n, *((r, i) if config.plain else before)), plain=config.plain, early=config.early,
                 )  # fmt: skip
                 return r_next, i_next, dk, dv, state, dp, (r, i)
 
@@ -257,17 +257,21 @@ def dkv(
             if fused:
                 plgpu.barrier_wait(do_ready.at[do_start])
                 carried += (products.scores(v_own, do_s.at[do_start]), (zero, zero))
-                before = slot(done + 1, 2)
-                ds_s[before, pl.ds(wg * bk, bk)] = filled((bk, bq), 0.0, TILE).astype(dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ds_ready.at[before])
+                if not config.plain:
+                    before = slot(done + 1, 2)
+                    ds_s[before, pl.ds(wg * bk, bk)] = filled((bk, bq), 0.0, TILE).astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_ready.at[before])
             else:
                 carried += ((filled((bk,), 0.0, ROW),) if adds_up else (),)
             one = fused_step if fused else step
             end = done + steps
             carried = lax.fori_loop(done, end - 1, lambda n, carried: one(n, *carried), carried)
             _, _, dk, dv, *rest = one(end - 1, *carried, last=True)
-            if fused:
+            if fused and config.plain:
+                pl.when(steps > 1)(lambda: plgpu.barrier_wait(ds_free.at[slot(end, 2)]))
+                plgpu.barrier_wait(ds_free.at[slot(end - 1, 2)])
+            elif fused:
                 last = spread(end, *rest[-1])
                 last.give(products.product(*last.take()))
                 for n in (end, end - 1):  # the other warpgroups have read all keys
@@ -335,7 +339,7 @@ def dkv(
     results = key_gradients(shape, split, *(dims[name] for name in wants))
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     if fused and interpret is not None:
-        own_dq = (items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq, E)
+        own_dq = (items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq), n_wg, *part)
         results.append(jax.ShapeDtypeStruct(own_dq, jnp.float32))
     return launch(
         kernel,
@@ -357,7 +361,6 @@ def dkv(
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
             **({
                 "ds_s": tile((2, config.rows), bq, dtype),
-                "dq_s": tile((n_wg, part[0]), part[1], jnp.float32),
                 "ds_ready": barrier(num_arrivals=n_wg, num_barriers=2),
                 "ds_free": barrier(num_arrivals=n_wg, num_barriers=2),
             } if fused else {}),

@@ -216,7 +216,7 @@ class BackwardWgmma(Wgmma):
     def fused_step(
         self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, dp: Any, following: tuple[Any, Any] | None, *,
         dtype: Any, free: Callable[[], None], before_next: Callable[[], None], weights: Callable[[State], Any],
-        gradient: Gradient, probabilities: Callable[[Any], State], spread: Spread,
+        gradient: Gradient, probabilities: Callable[[Any], State], spread: Spread, plain: bool = False, early: bool = False,
     ) -> tuple[Any, Any, State, Any]:  # fmt: skip
         """As `keys_step`, with dq of the step before; dp is made a step ahead as well: (dk, dv, the next state, the next dp).
 
@@ -246,13 +246,17 @@ class BackwardWgmma(Wgmma):
             plgpu.wgmma_wait(0)
 
             def second(part_ref: Any) -> Any:
+                if plain:
+                    plgpu.wgmma(dk_ref, ds, q)
                 plgpu.wgmma(part_ref, *spread.take())
-                plgpu.wgmma(dk_ref, ds, q)
-                return plgpu.wgmma_accumulator_load(part_ref, wait_n=1)
+                if not plain:
+                    plgpu.wgmma(dk_ref, ds, q)
+                return plgpu.wgmma_accumulator_load(part_ref, wait_n=0 if plain else 1)
 
             spread.give(pl.run_scoped(second, plgpu.ACC(spread.shape, jnp.float32)))
-            plgpu.wgmma_wait(0)
-            free()
+            if not early or following is None:
+                plgpu.wgmma_wait(0)
+                free()
             if following is None:
                 return
 
@@ -262,7 +266,10 @@ class BackwardWgmma(Wgmma):
                 before_next()
                 plgpu.wgmma(s_ref, k, q_next.transpose((1, 0)))
                 plgpu.wgmma(dp_next_ref, v, dout_next.transpose((1, 0)))
-                state = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                if early:
+                    free()
+                state = probabilities(s)
                 return state, plgpu.wgmma_accumulator_load(dp_next_ref, wait_n=0)
 
             state, dp_ref[...] = pl.run_scoped(third, plgpu.ACC(tile, jnp.float32), plgpu.ACC(tile, jnp.float32))
