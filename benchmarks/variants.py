@@ -104,14 +104,14 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
             found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:
         wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64, split=base.dkv.split if base.dkv else 1)
-        orders = {"": {}, "early, ": {"early": True}, "plain, ": {"plain": True}, "plain early, ": {"plain": True, "early": True}}
+        found["fused, together"] = of(fused=wide)
+        orders = {"": {}, "plain, ": {"plain": True}, "plain early, ": {"plain": True, "early": True}}
         for name, order in orders.items():
-            own = dataclasses.replace(wide, **order)
+            own = dataclasses.replace(wide, apart=True, **order)
             found |= {f"fused, {name}{n}": of(fused=one) for n, one in several(own, heads, case.key_len).items() if n != "2 row tiles"}
-            for stages in (3,):
-                found[f"fused, {name}{stages} stages"] = of(fused=dataclasses.replace(own, stages=stages))
+            found[f"fused, {name}3 stages"] = of(fused=dataclasses.replace(own, stages=3))
             if case.causal:
-                found[f"fused, {name}masks all, 3 stages"] = of(fused=dataclasses.replace(own, stages=3, masks_all=True))
+                found[f"fused, {name}masks all"] = of(fused=dataclasses.replace(own, masks_all=True))
     precisions = {"half p": True, "float32 p": False}
     for name, half in precisions.items():
         for more in ({}, {"masks_all": not base.dq.masks_all}) if case.causal else ({},):

@@ -153,7 +153,7 @@ class WalkConfig(ForwardConfig):
     dk's order, the next scores beside this step's product. half: p waits in half precision for the next step (dk, dv, early dq).
     masks_all: every tile is masked, without a branch. split: programs among which the query
     heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
-    block_q keys, one makes dv and the other dk (`hopper_backward_roles`).
+    block_q keys, one makes dv and the other dk (`hopper_backward_roles`). apart: row tiles begin their walks at different tiles.
     """
 
     block_k: int = 64
@@ -165,6 +165,7 @@ class WalkConfig(ForwardConfig):
     masks_all: bool = False
     split: int = 1
     roles: bool = False
+    apart: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
