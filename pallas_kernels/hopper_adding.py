@@ -9,6 +9,7 @@ each 8 columns, and a warp's 512 bytes are one stretch. XLA puts them in order w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,8 +20,15 @@ from jax.extend.mlir import ir
 
 from pallas_kernels.hopper_scores import TILE
 
-ADD = "red.global.add.v4.f32 [$0 + {offset}], {{$1, $2, $3, $4}};"
-"""PTX ISA 8.1, sm_90: four neighbours at once, in any order with what others add, visible when the kernel has ended."""
+STORE = "st.shared.v4.f32 [$0 + {offset}], {{$1, $2, $3, $4}};"
+
+ADD = """{{
+.reg .pred one;
+setp.eq.u32 one, $2, 0;
+@one cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], {size};
+@one cp.async.bulk.commit_group;
+}}"""
+"""PTX ISA 8.0, sm_90: one thread asks the copy engine, which adds in any order with others; done when the kernel has ended."""
 
 
 def pieces(rows: int, columns: int) -> tuple[int, int, int]:
@@ -28,28 +36,49 @@ def pieces(rows: int, columns: int) -> tuple[int, int, int]:
     return rows // 64 * columns // 8, 128, 4
 
 
-def add_into(sums: Any, tile: Any) -> None:
-    """sums (global memory, float32, `pieces` of the tile's shape) += tile (rows, columns), float32 in WGMMA's layout."""
+def stage(memory: Any, tile: Any) -> None:
+    """memory (shared, float32, `pieces` of the tile's shape) = tile (rows, columns), float32 in WGMMA's layout."""
 
-    def add(_: Any, sums: Any, tile: Any) -> None:
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        pairs = tile.registers.reshape(-1, 2)  # of 64 rows and 8 columns: (row g and 8 rows below it), two neighbours each
-        thread = mgpu.utils.thread_idx()
-        own = ir.Operation.create("arith.remui", [i32], [thread, mgpu.utils.c(128, i32)]).result
-        begin = ir.Operation.create("llvm.ptrtoint", [i64], [mgpu.utils.memref_ptr(sums)]).result
-        wide = ir.Operation.create("arith.extui", [i64], [own]).result
-        bytes_before = ir.Operation.create("arith.muli", [i64], [wide, mgpu.utils.c(16, i64)]).result
-        at = ir.Operation.create("arith.addi", [i64], [begin, bytes_before]).result
-        for n, pair in enumerate(pairs):
+    def store(_: Any, memory: Any, tile: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        begin = _operation("llvm.ptrtoint", i32, mgpu.utils.memref_ptr(memory))
+        at = _operation("arith.addi", i32, begin, _operation("arith.muli", i32, _thread(), mgpu.utils.c(16, i32)))
+        for n, pair in enumerate(tile.registers.reshape(-1, 2)):  # of 64 rows and 8 columns: (row g, 8 rows below it)
             numbers = [_element(register, k) for register in pair for k in (0, 1)]
-            wanted: dict[str, Any] = {
-                "asm_string": ir.StringAttr.get(ADD.format(offset=2048 * n)), "constraints": ir.StringAttr.get("l,f,f,f,f,~{memory}"),
-                "has_side_effects": ir.UnitAttr.get(),
-            }
-            ir.Operation.create("llvm.inline_asm", [], [at, *numbers], wanted)
+            _assembled(STORE.format(offset=2048 * n), "r,f,f,f,f,~{memory}", at, *numbers)
 
-    run: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))(add)
-    run(sums, tile)
+    run: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))(store)
+    run(memory, tile)
+
+
+def add_into(sums: Any, memory: Any) -> None:
+    """sums (global memory) += memory (shared), both float32 and of one stretch: begun, when it is visible to the copy engine."""
+    size = 4 * math.prod(memory.shape)
+
+    def add(_: Any, sums: Any, memory: Any) -> None:
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        target, source = (_operation("llvm.ptrtoint", of, mgpu.utils.memref_ptr(x)) for of, x in ((i64, sums), (i32, memory)))
+        _assembled(ADD.format(size=size), "l,r,r,~{memory}", target, source, _thread())
+
+    run: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(add)
+    run(sums, memory)
+
+
+def _operation(name: str, result: Any, *operands: Any) -> Any:
+    return ir.Operation.create(name, [result], list(operands)).result
+
+
+def _thread() -> Any:
+    """Of the warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    return _operation("arith.remui", i32, mgpu.utils.thread_idx(), mgpu.utils.c(128, i32))
+
+
+def _assembled(code: str, constraints: str, *operands: Any) -> None:
+    wanted: dict[str, Any] = {
+        "asm_string": ir.StringAttr.get(code), "constraints": ir.StringAttr.get(constraints), "has_side_effects": ir.UnitAttr.get(),
+    }  # fmt: skip
+    ir.Operation.create("llvm.inline_asm", [], list(operands), wanted)
 
 
 def _element(register: Any, k: int) -> Any:

@@ -36,7 +36,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
-from pallas_kernels.hopper_adding import add_into
+from pallas_kernels.hopper_adding import add_into, pieces, stage
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
@@ -80,7 +80,7 @@ def dkv(
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
-               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None,
+               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
                ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, out_s: Any = None, came: Any = None,
                **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
@@ -172,10 +172,14 @@ def dkv(
 
                     def add() -> None:
                         if interpret is None:
-                            add_into(dq_ref.at[where], dq)
+                            add_into(dq_ref.at[where], dq_s.at[wg])
                         else:
                             dq_ref[(key_tile, *where)] = dq
 
+                    if interpret is None:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        stage(dq_s.at[wg], dq)
+                        plgpu.commit_smem()
                     add() if config.plain else pl.when(n > done)(add)  # the first step has none before it: zeros were multiplied
 
                 return Spread(part, put, take, give)
@@ -361,6 +365,7 @@ def dkv(
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
             **({
                 "ds_s": tile((2, config.rows), bq, dtype),
+                **({"dq_s": smem((n_wg, *pieces(*part)), jnp.float32)} if interpret is None else {}),
                 "ds_ready": barrier(num_arrivals=n_wg, num_barriers=2),
                 "ds_free": barrier(num_arrivals=n_wg, num_barriers=2),
             } if fused else {}),
