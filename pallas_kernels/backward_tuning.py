@@ -133,13 +133,13 @@ def shared_bytes(
         words = whole(8 * config.stages * config.block_k) if drops else 0
         numbers = whole((12 if biased else 8) * config.stages * config.block_k) + (whole(4 * config.rows) if biased else 0)
         return 2 * tiles + handed + words + numbers + ring
-    q_stages = config.stages + (0 if kernel == "fused" else config.ahead)
+    q_stages = config.stages + config.ahead
     own = config.rows * (E + (Ev if kernel != "dv" or E != Ev else 0))
-    tiles = config.block_k * (q_stages * E + (config.stages if kernel == "fused" else config.brief_stages) * Ev)
+    tiles = config.block_k * (q_stages * E + config.brief_stages * Ev)
     biased = biased or bias_bytes > 0
     a_query = 4 * q_stages * config.block_k  # bytes of a number for each
     numbers = whole(a_query * (3 if biased else 2)) + (whole(2 * a_query) if drops else 0)
     numbers += whole(4 * config.rows) if biased else 0  # sums of ds, for the gradient of a bias of keys
-    dq = 2 * 2 * config.rows * config.block_k + 4 * config.block_k * E if kernel == "fused" else 0
+    dq = 2 * 2 * config.rows * config.block_k if kernel == "fused" else 0
     results = config.rows * E if config.row_tiles > 1 and kernel != "fused" and E == Ev else 0
     return 2 * (own + tiles + results) + numbers + dq + ring

@@ -199,10 +199,9 @@ class BackwardConfig:
         return None if own is not None and own.roles and head_dim != value_head_dim else own
 
     def can_fuse(self, head_dim: int) -> bool:
-        """Whether the tile of dq can be cut into a part for each warpgroup: by rows, or by columns of whole swizzles. Keys narrower
-        than a swizzle have another one than ds, which their product does not take."""
-        own = self.fused
-        return own is not None and head_dim % 64 == 0 and (own.block_k == own.rows or head_dim % (64 * own.warpgroups) == 0)
+        """Whether dq can be made in pieces of 64 columns: keys narrower than a swizzle have another one than ds, which their product
+        does not take."""
+        return self.fused is not None and head_dim % 64 == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ def backward(
                 )  # fmt: skip
             if fused:
                 like = [(*x.shape[:heads_axis], H * own.split, *x.shape[heads_axis + 1 :]) for x in given[1:3]]
-                results, dq_sums = added_into((B, Hq), own, up(L, own.block_k), up(E, 16), run, arguments, like, interpret)
+                results, dq_sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, arguments, like, interpret)
                 dq_sums = (dq_sums * (scale_of_sums(scale) * survivors)).astype(query.dtype)
                 found["query"] = dq_sums if heads_axis == 1 else jnp.swapaxes(dq_sums, 1, 2)
             else:
@@ -196,23 +196,18 @@ def scale_of_sums(scale: Any) -> Any:
 
 
 def added_into(
-    lead: tuple[int, ...], config: WalkConfig, length: int, head_dim: int, run: Any, given: list[Any], like: list[tuple[int, ...]],
-    interpret: Any,
-) -> tuple[list[jax.Array], jax.Array]:  # fmt: skip
-    """(run's results, of the shapes `like`; the float32 sums (*lead, length, head_dim) that it adds up in memory)."""
+    shape: tuple[int, ...], run: Any, given: list[Any], like: list[tuple[int, ...]], interpret: Any
+) -> tuple[list[jax.Array], jax.Array]:
+    """(run's results, of the shapes `like`; the float32 sums of `shape` that it adds up in memory)."""
     from pallas_kernels import hopper_adding
 
-    by_rows = config.block_k == config.rows  # a warpgroup's part of a tile
-    part = (config.block_q, head_dim) if by_rows else (config.block_k, head_dim // config.warpgroups)
-    parts = (*lead, length // config.block_k, config.warpgroups)
+    *lead, length, dim = shape
     if interpret is not None:
-        *results, sums = run(*given)
-        sums = unwritten_as_zero(sums).sum(0)
-    else:
-        start = jnp.zeros((*parts, *hopper_adding.pieces(*part)), jnp.float32)
-        results, sums = with_reference(run, given, [jax.ShapeDtypeStruct(of, given[0].dtype) for of in like], start)
-        sums = hopper_adding.in_order(sums, *part)
-    return results, (sums if by_rows else jnp.swapaxes(sums, -3, -2)).reshape(*lead, length, head_dim)
+        *results, parts = run(*given)
+        return results, jnp.swapaxes(unwritten_as_zero(parts).sum(0), -3, -2).reshape(shape)
+    start = jnp.zeros((*lead, length // hopper_adding.SIDE, dim // hopper_adding.SIDE, *hopper_adding.PIECE), jnp.float32)
+    results, sums = with_reference(run, given, [jax.ShapeDtypeStruct(of, given[0].dtype) for of in like], start)
+    return results, hopper_adding.in_order(sums)
 
 
 def unwritten_as_zero(x: jax.Array) -> jax.Array:

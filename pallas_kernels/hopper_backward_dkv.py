@@ -9,13 +9,14 @@ Grid: programs, each with a few items one after another (`visits.Items`: batch e
 keys). An item walks, for each query head of the group, the query tiles that the mask leaves, so dk and dv of the group's heads add
 up in registers. Where that makes too few programs, config.split of them divide the group's heads.
 
-Fused: ds goes through shared memory once and each warpgroup makes a part of dq = ds.T @ k from it, a step later, which a TMA
-reduce-add puts into a float32 workspace; 5 products for the split pair's 7. Key tiles add in any order: dq's last bits vary.
+Fused: ds goes through shared memory once, too, and the warpgroup that loads makes dq = ds.T @ k of it, 64 x 64 at a time, and adds
+that from its registers into float32 sums (`hopper_adding`); 5 products for the split pair's 7. Key tiles add in any order: dq's
+last bits vary.
 
 Who waits for what, per stage of the rings (a slot of one holds a tile of Q and its rows' numbers, of the other one of dO); s of the
 next step is begun in this one, so Q has `ahead` stages more, where they fit:
 
-    ds_ready, ds_free     between the computing warpgroups: ds of all keys lies in its buffer, one of two; all have read it
+    ds_ready, ds_free     computers -> loader and back: ds of all keys lies in its buffer, one of two; dq has been made of it
     kv_ready              a warpgroup's keys and values have arrived; it asks for the next item's when all products have read them
     q_ready, do_ready     loader -> computers: the tile has arrived
     q_free, do_free       computers -> loader: every computing warpgroup has read it
@@ -30,13 +31,14 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
-from pallas_kernels.hopper_adding import add_into, pieces, stage
+from pallas_kernels.hopper_adding import SIDE, add_into
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
@@ -54,8 +56,9 @@ def dkv(
     """A function (query, key, value, dout, numbers, words, *operands.arrays) -> the arrays of `wants`, as long as key is, with
     config.split heads for each of its heads, to be added up.
 
-    fused: dq / scale as well. The function takes behind all others a reference to zeros (B, Hq, whole query tiles, E) float32, into
-    which it adds. The interpreter knows no reduce-add: there, it is one more result, with a leading dim of key tiles to be summed.
+    fused: dq / scale as well, of one item a program. The function takes behind all others a reference to zeros (B, Hq, query tiles
+    of 64, E / 64, *PIECE) float32, into which it adds. The interpreter knows no reduce-add: there, it is one more result, with a
+    leading dim of key tiles to be summed and (64, 64) for PIECE.
 
     adds_up: and, behind the others, ds summed over the queries of each head, (B, Hq, whole key tiles) float32, for a bias of keys;
     with dk only.
@@ -66,21 +69,18 @@ def dkv(
     B, H, E, Ev, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bk, bq, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     group, split, drops = shape.group, config.split, shape.dropout_p > 0
-    q_stages = stages if fused else stages + config.ahead
-    do_stages = stages if fused else config.brief_stages
+    q_stages, do_stages = stages + config.ahead, config.brief_stages
     needs_v = "dk" in wants
-    by_rows = bq == config.rows  # the part of dq that a warpgroup makes: its rows of the tile, else its columns
-    part = (bk, E) if by_rows else (bq, E // n_wg)
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
     several = config.row_tiles > 1
-    staged = several and not fused and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
+    staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
-               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None, dq_s: Any = None,
+               do_free: Any, v_s: Any = None, words_s: Any = None, ds_s: Any = None,
                ds_ready: Any = None, ds_free: Any = None, sum_s: Any = None, out_s: Any = None, came: Any = None,
                **ring: Any) -> None:  # fmt: skip
         q_ref, k_ref, v_ref, do_ref, numbers_ref, *more = given
@@ -149,40 +149,18 @@ def dkv(
                 )  # fmt: skip
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in found)
 
-            def spread(n: Any, r: Any, i: Any) -> Spread:
-                """Of step n; what is taken and given belongs to the step before, at (r, i), or, at once, to this one."""
-                own, buffer = pl.ds(wg * bk, bk), slot(n, 2)
-                taken = buffer if config.plain else 1 - buffer
-                columns = pl.ds(0, E) if by_rows else pl.ds(wg * part[1], part[1])
-                where = (b, head(r), rows_at(r).walk.tile(i), wg)
+            def spread(n: Any) -> Spread:
+                buffer = slot(n, 2)
 
-                def put(ds: Any) -> None:
-                    pl.when(n > done + (1 if config.plain else 0))(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
-                    ds_s[buffer, own] = ds
+                def store(ds: Any) -> None:
+                    pl.when(n >= 2)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
+                    ds_s[buffer, pl.ds(wg * bk, bk)] = ds
+
+                def tell() -> None:
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_ready.at[buffer])
 
-                def take() -> tuple[Any, Any]:
-                    plgpu.barrier_wait(ds_ready.at[taken])
-                    ds = ds_s.at[taken, :, own] if by_rows else ds_s.at[taken]
-                    return ds.transpose((1, 0)), k_s if by_rows else k_s.at[:, columns]
-
-                def give(dq: Any) -> None:
-                    plgpu.barrier_arrive(ds_free.at[taken])
-
-                    def add() -> None:
-                        if interpret is None:
-                            add_into(dq_ref.at[where], dq_s.at[wg])
-                        else:
-                            dq_ref[(key_tile, *where)] = dq
-
-                    if interpret is None:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        stage(dq_s.at[wg], dq)
-                        plgpu.commit_smem()
-                    add() if config.plain else pl.when(n > done)(add)  # the first step has none before it: zeros were multiplied
-
-                return Spread(part, put, take, give)
+                return Spread(store, tell)
 
             def gradient(rows: Any, now: Any, state: Any, dp: Any, *sums: Any) -> tuple[Any, ...]:
                 ds = rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA]))
@@ -216,70 +194,28 @@ def dkv(
                     weights=rows.weights,
                     gradient=functools.partial(gradient, rows, now), sums=sums,
                     probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed),
+                    spread=spread(n) if fused else None, plain=config.plain,
                 )  # fmt: skip
                 products.read()
                 plgpu.barrier_arrive(q_free.at[now])
                 return r_next, i_next, dk, dv, state, store_sums(r, i, sums)
 
-            def fused_step(
-                n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, dp: Any, before: tuple[Any, Any], last: bool = False
-            ) -> Any:
-                rows, (r_next, i_next) = rows_at(r), advanced(r, i)
-                now, following = slot(n, q_stages), slot(n + 1, q_stages)
-                packed = [] if last else rows_at(r_next).keep_words(i_next)
-
-                def free() -> None:
-                    products.read()
-                    plgpu.barrier_arrive(q_free.at[now])
-                    plgpu.barrier_arrive(do_free.at[now])
-
-                def before_next() -> None:
-                    plgpu.barrier_wait(q_ready.at[following])
-                    plgpu.barrier_wait(do_ready.at[following])
-
-                dk, dv, state, dp = products.fused_step(
-                    k_own, q_s.at[now], v_own, do_s.at[now], dk, dv, state, dp,
-                    None if last else (q_s.at[following], do_s.at[following]), dtype=dtype, free=free, before_next=before_next,
-                    weights=rows.weights,
-                    gradient=functools.partial(gradient, rows, now),
-                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed),
-                    spread=spread(n, *((r, i) if config.plain else before)), plain=config.plain, early=config.early,
-                )  # fmt: skip
-                return r_next, i_next, dk, dv, state, dp, (r, i)
-
             packed = rows_at(zero).keep_words(zero)
-            for w in range(n_wg) if fused else (wg,):  # dq takes all keys
-                plgpu.barrier_wait(kv_ready.at[w])
+            plgpu.barrier_wait(kv_ready.at[wg])
             clear_own(own, k_own, *([v_own] if needs_v else []))  # fused: ds_ready tells the others
-            start, do_start = slot(done, q_stages), slot(done, do_stages)
+            start = slot(done, q_stages)
             plgpu.barrier_wait(q_ready.at[start])
             state = probabilities(products.scores(k_own, q_s.at[start]), zero, zero, done, start, packed)
             products.read()
             dk = filled((bk, E), 0.0, TILE) if "dk" in wants else None
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
-            carried: tuple[Any, ...] = (zero, zero, dk, dv, state)
-            if fused:
-                plgpu.barrier_wait(do_ready.at[do_start])
-                carried += (products.scores(v_own, do_s.at[do_start]), (zero, zero))
-                if not config.plain:
-                    before = slot(done + 1, 2)
-                    ds_s[before, pl.ds(wg * bk, bk)] = filled((bk, bq), 0.0, TILE).astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(ds_ready.at[before])
-            else:
-                carried += ((filled((bk,), 0.0, ROW),) if adds_up else (),)
-            one = fused_step if fused else step
+            sums = (filled((bk,), 0.0, ROW),) if adds_up else ()
             end = done + steps
-            carried = lax.fori_loop(done, end - 1, lambda n, carried: one(n, *carried), carried)
-            _, _, dk, dv, *rest = one(end - 1, *carried, last=True)
-            if fused and config.plain:
-                pl.when(steps > 1)(lambda: plgpu.barrier_wait(ds_free.at[slot(end, 2)]))
+            carried = lax.fori_loop(done, end - 1, lambda n, carried: step(n, *carried), (zero, zero, dk, dv, state, sums))
+            _, _, dk, dv, *_ = step(end - 1, *carried, last=True)
+            if fused:  # dq has been made of all keys
+                pl.when(end >= 2)(lambda: plgpu.barrier_wait(ds_free.at[slot(end, 2)]))
                 plgpu.barrier_wait(ds_free.at[slot(end - 1, 2)])
-            elif fused:
-                last = spread(end, *rest[-1])
-                last.give(products.product(*last.take()))
-                for n in (end, end - 1):  # the other warpgroups have read all keys
-                    plgpu.barrier_wait(ds_free.at[slot(n, 2)])
 
             if staged:
                 load_next(n_item)
@@ -309,41 +245,75 @@ def dkv(
                 attend(0, zero)
             plgpu.wait_smem_to_gmem(0)
 
+        def bring_step(item: KeyItem, n: Any, end: Any, r: Any, i: Any, asked: Any) -> Any:
+            """Ask for the tiles of step n, at (r, i), as soon as there is room; (r, i, asked) of the next one."""
+            b, h, t, now, do_now = item.b, item.head(r), item.walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
+            part, following = item.hidden(r, i, asked, n + 1 < end)
+
+            def copy(operand: Any) -> Any:
+                return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bq, bq, h))
+
+            pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
+            bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
+            bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
+            operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
+            pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
+            bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
+            return following
+
         def load(n_item: Any, done: Any) -> Any:
-            """The tiles of item n_item, as soon as there is room."""
             item = item_at(n_item)
             end = done + item.steps
-
-            def step(n: Any, carried: Any) -> Any:
-                r, i, asked = carried
-                b, h, t, now, do_now = item.b, item.head(r), item.walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
-                part, following = item.hidden(r, i, asked, n + 1 < end)
-
-                def copy(operand: Any) -> Any:
-                    return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bq, bq, h))
-
-                pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
-                bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
-                bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
-                operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
-                pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
-                bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
-                return following
-
-            lax.fori_loop(done, end, step, (zero, zero, item.asked(zero, zero)))
+            lax.fori_loop(done, end, lambda n, at: bring_step(item, n, end, *at), (zero, zero, item.asked(zero, zero)))
             return end
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
             drain([(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], done)
 
-        in_roles(config, wg, compute, load_all, interpret)
+        def load_and_add() -> None:
+            """The only item's tiles, do_stages steps ahead of dq, which is added to what other key tiles make of it."""
+            item = item_at(0)
+            steps, ahead = item.steps, np.int32(do_stages)
+
+            def bring_next(n: Any, at: Any) -> Any:
+                """Step n's, if there is one."""
+                return lax.cond(n < steps, lambda at: bring_step(item, n, steps, *at), lambda at: at, at)
+
+            def step(n: Any, carried: Any) -> Any:
+                (r, i), ahead_at, buffer = *carried, slot(n, 2)
+                first_row = item.walk(r).tile(i) * (bq // SIDE)
+                plgpu.barrier_wait(ds_ready.at[buffer])
+                for y in range(bq // SIDE):
+                    for x in range(E // SIDE):
+                        ds = ds_s.at[buffer, :, pl.ds(y * SIDE, SIDE)].transpose((1, 0))
+                        keys, first = k_s.at[:, pl.ds(x * SIDE, SIDE)], (y, x) == (0, 0)
+                        meanwhile = functools.partial(bring_next, n + ahead, ahead_at) if first else lambda: None
+                        dq, found = products.product(ds, keys, meanwhile)
+                        ahead_at = found if first else ahead_at
+                        if (y, x) == (bq // SIDE - 1, E // SIDE - 1):
+                            plgpu.barrier_arrive(ds_free.at[buffer])
+                        where = (item.b, item.head(r), first_row + y, x)
+                        if interpret is None:
+                            add_into(dq_ref.at[where], dq)
+                        else:
+                            dq_ref[(item.key_tile, *where)] = dq
+                return item.advanced(r, i), ahead_at
+
+            start = (zero, zero, item.asked(zero, zero))
+            ahead_at = lax.fori_loop(zero, visits.least(ahead, steps), lambda n, at: bring_step(item, n, steps, *at), start)
+            for w in range(n_wg):
+                plgpu.barrier_wait(kv_ready.at[w])
+            lax.fori_loop(zero, steps + zero, step, ((zero, zero), ahead_at))
+            drain([(q_free, q_stages), (do_free, do_stages)], steps)
+
+        in_roles(config, wg, compute, load_and_add if fused else load_all, interpret)
 
     dims = {"dk": E, "dv": Ev}
     results = key_gradients(shape, split, *(dims[name] for name in wants))
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     if fused and interpret is not None:
-        own_dq = (items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq), n_wg, *part)
+        own_dq = (items.row_tiles, B, shape.q_heads, cdiv(shape.query_len, bq) * bq // SIDE, E // SIDE, SIDE, SIDE)
         results.append(jax.ShapeDtypeStruct(own_dq, jnp.float32))
     return launch(
         kernel,
@@ -365,9 +335,8 @@ def dkv(
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
             **({
                 "ds_s": tile((2, config.rows), bq, dtype),
-                **({"dq_s": smem((n_wg, *pieces(*part)), jnp.float32)} if interpret is None else {}),
                 "ds_ready": barrier(num_arrivals=n_wg, num_barriers=2),
-                "ds_free": barrier(num_arrivals=n_wg, num_barriers=2),
+                "ds_free": barrier(num_barriers=2),
             } if fused else {}),
             "kv_ready": barrier(num_arrivals=2 if needs_v else 1, num_barriers=n_wg),
             **({"out_s": tile((n_wg, bk), E, dtype)} if staged else {}),

@@ -1,8 +1,7 @@
 """The matrix products of the backward kernels, in the order in which they stay in flight under what is done to a tile.
 
 Both loops are pipelined over two steps, so that some product runs under each piece of elementwise work: in the dq kernel the last
-step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, dS.T @ Q under the next step's p. The fused loop
-has its own order (`fused_step`).
+step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, dS.T @ Q under the next step's p.
 """
 
 from __future__ import annotations
@@ -30,16 +29,10 @@ def _unset(shape: tuple[int, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """What makes dq beside dk and dv: ds of all warpgroups meets in shared memory, and each makes a part of the tile of dq.
+    """How ds reaches whoever makes dq of it: store(ds) puts a warpgroup's own into shared memory, tell() says that it lies there."""
 
-    put(ds) stores a warpgroup's own; take() waits for all warpgroups' of the step before, which nobody waits for long, and answers
-    (ds.T, keys), the operands of its part of dq; give(dq) takes their product, float32.
-    """
-
-    shape: tuple[int, int]  # of a warpgroup's part of dq
-    put: Callable[[Any], None]
-    take: Callable[[], tuple[Any, Any]]
-    give: Callable[[Any], None]
+    store: Callable[[Any], None]
+    tell: Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +86,22 @@ class BackwardWgmma(Wgmma):
         self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, q_next: Any, *, dtype: Any,
         before_dout: Callable[[], None], after_dout: Callable[[], None], before_next: Callable[[], None],
         weights: Callable[[State], Any], gradient: Gradient, probabilities: Callable[[Any], State], sums: Sequence[Any] = (),
+        spread: Spread | None = None, plain: bool = False,
     ) -> tuple[Any, Any, State, tuple[Any, ...]]:  # fmt: skip
         """(dk + ds @ q, dv + p @ dout, the next state, the next sums): tiles (keys, queries); dk or dv None where it is not
-        wanted; q_next None in the last step."""
+        wanted; q_next None in the last step.
+
+        spread: takes ds as well. plain: nothing is in flight under ds, which takes fewer registers.
+        """
         wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
         if self.interpret:
             before_dout()
             if dk is not None:
                 ds, *sums = gradient(wide(state), self.scores(v, dout), *sums)
                 dk = self.add(dk, ds.astype(dtype), q)
+                if spread is not None:
+                    spread.store(ds.astype(dtype))
+                    spread.tell()
             if dv is not None:
                 dv = self.add(dv, weights(state).astype(dtype), dout)
             after_dout()
@@ -121,31 +121,38 @@ class BackwardWgmma(Wgmma):
                     plgpu.wgmma(dp_ref, v, dout.transpose((1, 0)))
                 if dv is not None:
                     plgpu.wgmma(refs["dv"], weights(state).astype(dtype), dout)
-                return None if dk is None else plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if dv is None else 1)
+                return None if dk is None else plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if dv is None or plain else 1)
 
             dp = first() if dk is None else pl.run_scoped(first, plgpu.ACC(tile, jnp.float32))
             ds = None
-            if dv is None:
+            early = dv is None or plain
+            if early:
                 after_dout()
             if dk is not None:
                 ds, *found = gradient(wide(state), dp, *(ref[...] for ref in refs["sums"]))
                 ds = ds.astype(dtype)
                 for ref, new in zip(refs["sums"], found, strict=True):
                     ref[...] = new
+                if spread is not None:
+                    spread.store(ds)
 
             def second(s_ref: Any) -> Any:
                 before_next()
                 plgpu.wgmma(s_ref, k, q_next.transpose((1, 0)))
                 if dk is not None:
                     plgpu.wgmma(refs["dk"], ds, q)
+                if spread is not None:
+                    spread.tell()
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=0 if dk is None else 1)  # dv is behind then
 
             if q_next is None:
                 if dk is not None:
                     plgpu.wgmma(refs["dk"], ds, q)
+                if spread is not None:
+                    spread.tell()
                 return
             s = pl.run_scoped(second, plgpu.ACC(tile, jnp.float32))
-            if dv is not None:
+            if not early:
                 after_dout()
             for ref, new in zip(refs["state"], probabilities(s), strict=True):
                 ref[...] = new
@@ -153,7 +160,7 @@ class BackwardWgmma(Wgmma):
         refs: dict[str, Any] = {"state": state, "sums": tuple(sums)}
         refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
         after = pl.run_state(stage)(refs)
-        if q_next is None and dv is not None:
+        if q_next is None and dv is not None and not plain:
             after_dout()
         return after.get("dk"), after.get("dv"), after["state"], after["sums"]
 
@@ -202,79 +209,14 @@ class BackwardWgmma(Wgmma):
             after_last()
         return acc, x32.astype(x.dtype), tuple(found)  # narrowed when the product that reads the last x is done (C7513)
 
-    def product(self, a: Any, b: Any) -> Any:
-        """a @ b, both in shared memory, float32."""
+    def product(self, a: Any, b: Any, meanwhile: Callable[[], Any] = lambda: None) -> tuple[Any, Any]:
+        """(a @ b, both in shared memory, float32; what is answered by `meanwhile`, which is done while the product is made)."""
         if self.interpret:
-            return self._dot(a, b)
+            return self._dot(a, b), meanwhile()
 
         def of(ref: Any) -> Any:
             plgpu.wgmma(ref, a, b)
-            return plgpu.wgmma_accumulator_load(ref, wait_n=0)
+            found = meanwhile()
+            return plgpu.wgmma_accumulator_load(ref, wait_n=0), found
 
         return pl.run_scoped(of, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-    def fused_step(
-        self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, dp: Any, following: tuple[Any, Any] | None, *,
-        dtype: Any, free: Callable[[], None], before_next: Callable[[], None], weights: Callable[[State], Any],
-        gradient: Gradient, probabilities: Callable[[Any], State], spread: Spread, plain: bool = False, early: bool = False,
-    ) -> tuple[Any, Any, State, Any]:  # fmt: skip
-        """As `keys_step`, with dq of the step before; dp is made a step ahead as well: (dk, dv, the next state, the next dp).
-
-        following: (q, dout) of the next step, None in the last one. In flight: dv under ds, dk while dq is stored, dp under p.
-        """
-        wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
-        if self.interpret:
-            dv = self.add(dv, weights(state).astype(dtype), dout)
-            ds = gradient(wide(state), dp)[0].astype(dtype)
-            spread.put(ds)
-            spread.give(self._dot(*spread.take()))
-            dk = self.add(dk, ds, q)
-            free()
-            if following is not None:
-                before_next()
-                state, dp = probabilities(self.scores(k, following[0])), self.scores(v, following[1])
-            return dk, dv, state, dp
-
-        tile = dp.shape
-
-        def stage(refs: Any) -> None:
-            dk_ref, dv_ref, dp_ref, *state_refs = refs
-            state = tuple(ref[...] for ref in state_refs)
-            plgpu.wgmma(dv_ref, weights(state).astype(dtype), dout)
-            ds = gradient(wide(state), dp_ref[...])[0].astype(dtype)
-            spread.put(ds)
-            plgpu.wgmma_wait(0)
-
-            def second(part_ref: Any) -> Any:
-                if plain:
-                    plgpu.wgmma(dk_ref, ds, q)
-                plgpu.wgmma(part_ref, *spread.take())
-                if not plain:
-                    plgpu.wgmma(dk_ref, ds, q)
-                return plgpu.wgmma_accumulator_load(part_ref, wait_n=0 if plain else 1)
-
-            spread.give(pl.run_scoped(second, plgpu.ACC(spread.shape, jnp.float32)))
-            if not early or following is None:
-                plgpu.wgmma_wait(0)
-                free()
-            if following is None:
-                return
-
-            q_next, dout_next = following
-
-            def third(s_ref: Any, dp_next_ref: Any) -> Any:
-                before_next()
-                plgpu.wgmma(s_ref, k, q_next.transpose((1, 0)))
-                plgpu.wgmma(dp_next_ref, v, dout_next.transpose((1, 0)))
-                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                if early:
-                    free()
-                state = probabilities(s)
-                return state, plgpu.wgmma_accumulator_load(dp_next_ref, wait_n=0)
-
-            state, dp_ref[...] = pl.run_scoped(third, plgpu.ACC(tile, jnp.float32), plgpu.ACC(tile, jnp.float32))
-            for ref, new in zip(state_refs, state, strict=True):
-                ref[...] = new
-
-        dk, dv, dp, *after = pl.run_state(stage)((plgpu.ACC.init(dk), plgpu.ACC.init(dv), dp, *state))
-        return dk, dv, tuple(after), dp

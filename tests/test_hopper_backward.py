@@ -28,12 +28,12 @@ SPLIT = BackwardConfig(dq=OTHER, dkv=None, dk=OTHER, dv=OTHER)
 WIDE = WalkConfig(block_k=128, masks_all=True, half=True)
 WIDER = BackwardConfig(dq=WIDE, dkv=WIDE, dk=WIDE, dv=WIDE)
 
-FUSE = WalkConfig(half=True, apart=True)  # adds to dq in any order: not the same bits each time
+FUSE = WalkConfig(half=True, plain=True, registers=(216, 80))  # adds to dq in any order: not the same bits each time
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 
 THREE_TILES = dataclasses.replace(WalkConfig(), row_tiles=3)
-FUSED_SEVERAL = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128, row_tiles=4))
+FUSED_SEVERAL = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 SEVERAL = BackwardConfig(dq=THREE_TILES, dkv=THREE_TILES, dk=THREE_TILES, dv=THREE_TILES)
 TWO = dataclasses.replace(WIDE, split=2)
 DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
