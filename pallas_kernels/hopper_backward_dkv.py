@@ -103,7 +103,7 @@ def dkv(
 
         # Else registers hold where each of 8 or 16 pieces of k and v lies, and spill beside a mask, or dropout's words: D128
         # causal, L 16384: 2966 us, held 3091, L 4096 with dropout 1177, 1276. Without a mask nothing spills: 6204, held 6070.
-        moves = E > 64 and (drops or recipe.mask is not None or recipe.keep_kind is not None)
+        moves = fused or E > 64 and (drops or recipe.mask is not None or recipe.keep_kind is not None)
 
         def owns(wg: Any) -> tuple[Any, Any]:
             keys = k_s.at[pl.ds(wg * bk, bk)]
@@ -283,21 +283,23 @@ def dkv(
             def step(n: Any, carried: Any) -> Any:
                 (r, i), ahead_at, buffer = *carried, slot(n, 2)
                 first_row = item.walk(r).tile(i) * (bq // SIDE)
+                ahead_at = bring_next(n + ahead, ahead_at)
+                keys = pl.ds(lax.optimization_barrier(zero) * config.rows, config.rows)  # as `moves`: where the pieces of k lie
                 plgpu.barrier_wait(ds_ready.at[buffer])
-                for y in range(bq // SIDE):
-                    for x in range(E // SIDE):
-                        ds = ds_s.at[buffer, :, pl.ds(y * SIDE, SIDE)].transpose((1, 0))
-                        keys, first = k_s.at[:, pl.ds(x * SIDE, SIDE)], (y, x) == (0, 0)
-                        meanwhile = functools.partial(bring_next, n + ahead, ahead_at) if first else lambda: None
-                        dq, found = products.product(ds, keys, meanwhile)
-                        ahead_at = found if first else ahead_at
-                        if (y, x) == (bq // SIDE - 1, E // SIDE - 1):
-                            plgpu.barrier_arrive(ds_free.at[buffer])
-                        where = (item.b, item.head(r), first_row + y, x)
-                        if interpret is None:
-                            add_into(dq_ref.at[where], dq)
-                        else:
-                            dq_ref[(item.key_tile, *where)] = dq
+
+                def piece(m: Any, _: Any) -> None:
+                    y, x = lax.div(m, np.int32(E // SIDE)), lax.rem(m, np.int32(E // SIDE))
+                    ds = ds_s.at[buffer, :, pl.ds(y * SIDE, SIDE)].transpose((1, 0))
+                    dq = products.product(ds, k_s.at[keys, pl.ds(x * SIDE, SIDE)])
+                    pl.when(m == pieces - 1)(lambda: plgpu.barrier_arrive(ds_free.at[buffer]))
+                    where = (item.b, item.head(r), first_row + y, x)
+                    if interpret is None:
+                        add_into(dq_ref.at[where], dq)
+                    else:
+                        dq_ref[(item.key_tile, *where)] = dq
+
+                pieces = (bq // SIDE) * (E // SIDE)
+                lax.fori_loop(zero, lax.optimization_barrier(zero) + pieces, piece, None)  # a loop: unrolled, the first piece's adds wait for the last product
                 return item.advanced(r, i), ahead_at
 
             start = (zero, zero, item.asked(zero, zero))

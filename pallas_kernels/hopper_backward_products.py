@@ -209,14 +209,13 @@ class BackwardWgmma(Wgmma):
             after_last()
         return acc, x32.astype(x.dtype), tuple(found)  # narrowed when the product that reads the last x is done (C7513)
 
-    def product(self, a: Any, b: Any, meanwhile: Callable[[], Any] = lambda: None) -> tuple[Any, Any]:
-        """(a @ b, both in shared memory, float32; what is answered by `meanwhile`, which is done while the product is made)."""
+    def product(self, a: Any, b: Any) -> Any:
+        """a @ b, both in shared memory, float32."""
         if self.interpret:
-            return self._dot(a, b), meanwhile()
+            return self._dot(a, b)
 
         def of(ref: Any) -> Any:
             plgpu.wgmma(ref, a, b)
-            found = meanwhile()
-            return plgpu.wgmma_accumulator_load(ref, wait_n=0), found
+            return plgpu.wgmma_accumulator_load(ref, wait_n=0)
 
         return pl.run_scoped(of, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
