@@ -110,9 +110,12 @@ class ForwardConfig:
             raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
-        if 128 * (self.warpgroups * self.registers[0] + self.registers[1]) > 65536:
+        threads = 128 * (self.warpgroups + 1)
+        at_launch = 65536 // threads // 8 * 8  # what ptxas gives a thread: more than these together and warpgroups wait for ever
+        if self.warpgroups * self.registers[0] + self.registers[1] > at_launch * (self.warpgroups + 1):
             wanted = f"{self.warpgroups} x {self.registers[0]} + {self.registers[1]}"
-            raise ValueError(f"registers must be at most 512 over all warpgroups, the file of a Hopper SM; {wanted} are more.")
+            most = at_launch * (self.warpgroups + 1)
+            raise ValueError(f"registers must be at most {most} over all warpgroups, what a program of so many gets; {wanted} are more.")
 
     @property
     def rows(self) -> int:

@@ -28,7 +28,7 @@ SPLIT = BackwardConfig(dq=OTHER, dkv=None, dk=OTHER, dv=OTHER)
 WIDE = WalkConfig(block_k=128, masks_all=True, half=True)
 WIDER = BackwardConfig(dq=WIDE, dkv=WIDE, dk=WIDE, dv=WIDE)
 
-FUSE = WalkConfig(half=True, plain=True, registers=(216, 80))  # adds to dq in any order: not the same bits each time
+FUSE = WalkConfig(half=True, plain=True, registers=(216, 72))  # adds to dq in any order: not the same bits each time
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128))
 
