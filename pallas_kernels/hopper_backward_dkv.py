@@ -129,7 +129,7 @@ def dkv(
             item = item_at(n_item)
             b, head, key_tile, steps = item.b, item.head, item.key_tile, item.steps
             base = key_tile * config.rows + wg * bk
-            walk, advanced = item.walk, item.advanced
+            walk, advanced, end = item.walk, item.advanced, done + steps
             own_seen = own_seen_by_any(recipe, refs, b)
             own = None if own_seen is None else own_seen.part(base, bk)
 
@@ -182,18 +182,28 @@ def dkv(
                 return (lax.cond(ends, lambda _: filled((bk,), 0.0, ROW), lambda total: total, sums[0]),)
 
             def step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, sums: Any, last: bool = False) -> Any:
-                rows, (r_next, i_next) = rows_at(r), advanced(r, i)
-                now, following, do_now = slot(n, q_stages), slot(n + 1, q_stages), slot(n, do_stages)
+                rows, (r_next, i_next), n_next = rows_at(r), advanced(r, i), n + 1
+                if fused:  # the last step's scores once more: a step apart for it, and ptxas is short of registers (C7512)
+                    goes_on = n_next < end
+                    r_next, i_next, n_next = (
+                        lax.select(goes_on, new, old) for new, old in ((r_next, r), (i_next, i), (n_next, n))
+                    )
+                now, following, do_now = slot(n, q_stages), slot(n_next, q_stages), slot(n, do_stages)
+
+                def before_next() -> None:
+                    ready = lambda: plgpu.barrier_wait(q_ready.at[following])  # noqa: E731
+                    pl.when(goes_on)(ready) if fused else ready()
+
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
                 k_own, v_own = owns(wg + (lax.optimization_barrier(zero) if moves else 0))
                 dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
                     before_dout=lambda: plgpu.barrier_wait(do_ready.at[do_now]),
                     after_dout=lambda: plgpu.barrier_arrive(do_free.at[do_now]),
-                    before_next=lambda: plgpu.barrier_wait(q_ready.at[following]),
+                    before_next=before_next,
                     weights=rows.weights,
                     gradient=functools.partial(gradient, rows, now), sums=sums,
-                    probabilities=lambda s: probabilities(s, r_next, i_next, n + 1, following, packed),
+                    probabilities=lambda s: probabilities(s, r_next, i_next, n_next, following, packed),
                     spread=spread(n) if fused else None, plain=config.plain,
                 )  # fmt: skip
                 products.read()
@@ -210,9 +220,11 @@ def dkv(
             dk = filled((bk, E), 0.0, TILE) if "dk" in wants else None
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
             sums = (filled((bk,), 0.0, ROW),) if adds_up else ()
-            end = done + steps
-            carried = lax.fori_loop(done, end - 1, lambda n, carried: step(n, *carried), (zero, zero, dk, dv, state, sums))
-            _, _, dk, dv, *_ = step(end - 1, *carried, last=True)
+            carried = (zero, zero, dk, dv, state, sums)
+            carried = lax.fori_loop(done, end if fused else end - 1, lambda n, carried: step(n, *carried), carried)
+            if not fused:
+                carried = step(end - 1, *carried, last=True)
+            _, _, dk, dv, *_ = carried
             if fused:  # dq has been made of all keys
                 pl.when(end >= 2)(lambda: plgpu.barrier_wait(ds_free.at[slot(end, 2)]))
                 plgpu.barrier_wait(ds_free.at[slot(end - 1, 2)])
