@@ -184,23 +184,15 @@ def dkv(
             def step(n: Any, r: Any, i: Any, dk: Any, dv: Any, state: Any, sums: Any, last: bool = False) -> Any:
                 rows, (r_next, i_next), n_next = rows_at(r), advanced(r, i), n + 1
                 if fused:  # the last step's scores once more: a step apart for it, and ptxas is short of registers (C7512)
-                    goes_on = n_next < end
-                    r_next, i_next, n_next = (
-                        lax.select(goes_on, new, old) for new, old in ((r_next, r), (i_next, i), (n_next, n))
-                    )
+                    r_next, i_next = (lax.select(n_next < end, new, old) for new, old in ((r_next, r), (i_next, i)))
                 now, following, do_now = slot(n, q_stages), slot(n_next, q_stages), slot(n, do_stages)
-
-                def before_next() -> None:
-                    ready = lambda: plgpu.barrier_wait(q_ready.at[following])  # noqa: E731
-                    pl.when(goes_on)(ready) if fused else ready()
-
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
                 k_own, v_own = owns(wg + (lax.optimization_barrier(zero) if moves else 0))
                 dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
                     before_dout=lambda: plgpu.barrier_wait(do_ready.at[do_now]),
                     after_dout=lambda: plgpu.barrier_arrive(do_free.at[do_now]),
-                    before_next=before_next,
+                    before_next=lambda: plgpu.barrier_wait(q_ready.at[following]),
                     weights=rows.weights,
                     gradient=functools.partial(gradient, rows, now), sums=sums,
                     probabilities=lambda s: probabilities(s, r_next, i_next, n_next, following, packed),
@@ -258,7 +250,7 @@ def dkv(
             plgpu.wait_smem_to_gmem(0)
 
         def bring_step(item: KeyItem, n: Any, end: Any, r: Any, i: Any, asked: Any) -> Any:
-            """Ask for the tiles of step n, at (r, i), as soon as there is room; (r, i, asked) of the next one."""
+            """Ask for the tiles of step n, at (r, i), as soon as there is room; (r, i, asked) of the next one, or of the last."""
             b, h, t, now, do_now = item.b, item.head(r), item.walk(r).tile(i), slot(n, q_stages), slot(n, do_stages)
             part, following = item.hidden(r, i, asked, n + 1 < end)
 
@@ -269,8 +261,12 @@ def dkv(
             bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
             bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
             operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
-            pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
-            bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
+
+            def bring_dout() -> None:
+                pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
+                bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
+
+            pl.when(n < end)(bring_dout) if fused else bring_dout()
             return following
 
         def load(n_item: Any, done: Any) -> Any:
@@ -284,13 +280,15 @@ def dkv(
             drain([(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], done)
 
         def load_and_add() -> None:
-            """The only item's tiles, do_stages steps ahead of dq, which is added to what other key tiles make of it."""
+            """The only item's tiles, do_stages steps ahead of dq, which is added to what other key tiles make of it.
+
+            One more Q comes behind the last step: that one's again, for scores that nobody looks at.
+            """
             item = item_at(0)
             steps, ahead = item.steps, np.int32(do_stages)
 
             def bring_next(n: Any, at: Any) -> Any:
-                """Step n's, if there is one."""
-                return lax.cond(n < steps, lambda at: bring_step(item, n, steps, *at), lambda at: at, at)
+                return lax.cond(n <= steps, lambda at: bring_step(item, n, steps, *at), lambda at: at, at)
 
             def step(n: Any, carried: Any) -> Any:
                 (r, i), ahead_at, buffer = *carried, slot(n, 2)
@@ -315,11 +313,12 @@ def dkv(
                 return item.advanced(r, i), ahead_at
 
             start = (zero, zero, item.asked(zero, zero))
-            ahead_at = lax.fori_loop(zero, visits.least(ahead, steps), lambda n, at: bring_step(item, n, steps, *at), start)
+            ahead_at = lax.fori_loop(zero, visits.least(ahead, steps + 1), lambda n, at: bring_step(item, n, steps, *at), start)
             for w in range(n_wg):
                 plgpu.barrier_wait(kv_ready.at[w])
             lax.fori_loop(zero, steps + zero, step, ((zero, zero), ahead_at))
-            drain([(q_free, q_stages), (do_free, do_stages)], steps)
+            drain([(q_free, q_stages)], steps, more=1)
+            drain([(do_free, do_stages)], steps)
 
         in_roles(config, wg, compute, load_and_add if fused else load_all, interpret)
 

@@ -160,9 +160,9 @@ class KeyItem:
         """Of step (r, i), from what was asked a step before; and (r, i, asked) of the next step, this one's in the last."""
         seen, n = seen_by_any(self.recipe, self.refs, self.b, self.head(r)), self.recipe.config.block_k
         after = self.advanced(r, i)
-        if seen is None:
-            return None, (*after, ())
         next_r, next_i = (lax.select(goes_on, new, old) for new, old in zip(after, (r, i), strict=True))
+        if seen is None:
+            return None, (next_r, next_i, ())
         return seen.part(self.walk(r).tile(i) * n, n, asked), (next_r, next_i, self.asked(next_r, next_i))
 
     @property

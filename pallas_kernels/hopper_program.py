@@ -19,12 +19,12 @@ def slot(n: Any, of: int) -> Any:
     return lax.rem(n, np.int32(of))
 
 
-def drain(rings: Sequence[tuple[Any, int]], done: Any) -> None:
+def drain(rings: Sequence[tuple[Any, int]], done: Any, more: int = 0) -> None:
     """The loading warpgroup's last act, after `done` (int32) tiles: every completed phase of the barriers (free, stages) must be
-    waited for before the program ends."""
+    waited for before the program ends. more: tiles that came behind those, and which nobody gives back."""
     for free, of in rings:
         wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
-        lax.fori_loop(visits.greatest(done - of, 0 * done), done, wait, None)
+        lax.fori_loop(visits.greatest(done + more - of, 0 * done), done, wait, None)
 
 
 def in_roles(config: ForwardConfig, wg: Any, compute: Callable[[], None], load: Callable[[], None], interpret: Any) -> None:
