@@ -185,18 +185,19 @@ def dkv(
                 rows, (r_next, i_next), n_next = rows_at(r), advanced(r, i), n + 1
                 if fused:  # the last step's scores once more: a step apart for it, and ptxas is short of registers (C7512)
                     r_next, i_next = (lax.select(n_next < end, new, old) for new, old in ((r_next, r), (i_next, i)))
-                now, following, do_now = slot(n, q_stages), slot(n_next, q_stages), slot(n, do_stages)
+                now, following, do_now, do_next = *(slot(x, q_stages) for x in (n, n_next)), *(slot(x, do_stages) for x in (n, n_next))
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
                 k_own, v_own = owns(wg + (lax.optimization_barrier(zero) if moves else 0))
                 dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
-                    before_dout=lambda: plgpu.barrier_wait(do_ready.at[do_now]),
+                    before_dout=lambda: None if fused else plgpu.barrier_wait(do_ready.at[do_now]),
                     after_dout=lambda: plgpu.barrier_arrive(do_free.at[do_now]),
                     before_next=lambda: plgpu.barrier_wait(q_ready.at[following]),
                     weights=rows.weights,
                     gradient=functools.partial(gradient, rows, now), sums=sums,
                     probabilities=lambda s: probabilities(s, r_next, i_next, n_next, following, packed),
                     spread=spread(n) if fused else None, plain=config.plain,
+                    before_end=lambda: plgpu.barrier_wait(do_ready.at[do_next]) if fused else None,
                 )  # fmt: skip
                 products.read()
                 plgpu.barrier_arrive(q_free.at[now])
@@ -213,6 +214,8 @@ def dkv(
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
             sums = (filled((bk,), 0.0, ROW),) if adds_up else ()
             carried = (zero, zero, dk, dv, state, sums)
+            if fused:
+                plgpu.barrier_wait(do_ready.at[slot(done, do_stages)])
             carried = lax.fori_loop(done, end if fused else end - 1, lambda n, carried: step(n, *carried), carried)
             if not fused:
                 carried = step(end - 1, *carried, last=True)
@@ -261,12 +264,8 @@ def dkv(
             bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
             bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
             operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
-
-            def bring_dout() -> None:
-                pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
-                bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
-
-            pl.when(n < end)(bring_dout) if fused else bring_dout()
+            pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
+            bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
             return following
 
         def load(n_item: Any, done: Any) -> Any:
@@ -282,7 +281,7 @@ def dkv(
         def load_and_add() -> None:
             """The only item's tiles, do_stages steps ahead of dq, which is added to what other key tiles make of it.
 
-            One more Q comes behind the last step: that one's again, for scores that nobody looks at.
+            One more step's come behind the last: that one's again, for scores that nobody looks at.
             """
             item = item_at(0)
             steps, ahead = item.steps, np.int32(do_stages)
@@ -317,8 +316,7 @@ def dkv(
             for w in range(n_wg):
                 plgpu.barrier_wait(kv_ready.at[w])
             lax.fori_loop(zero, steps + zero, step, ((zero, zero), ahead_at))
-            drain([(q_free, q_stages)], steps, more=1)
-            drain([(do_free, do_stages)], steps)
+            drain([(q_free, q_stages), (do_free, do_stages)], steps, more=1)
 
         in_roles(config, wg, compute, load_and_add if fused else load_all, interpret)
 

@@ -86,12 +86,13 @@ class BackwardWgmma(Wgmma):
         self, k: Any, q: Any, v: Any, dout: Any, dk: Any, dv: Any, state: State, q_next: Any, *, dtype: Any,
         before_dout: Callable[[], None], after_dout: Callable[[], None], before_next: Callable[[], None],
         weights: Callable[[State], Any], gradient: Gradient, probabilities: Callable[[Any], State], sums: Sequence[Any] = (),
-        spread: Spread | None = None, plain: bool = False,
+        spread: Spread | None = None, plain: bool = False, before_end: Callable[[], None] = lambda: None,
     ) -> tuple[Any, Any, State, tuple[Any, ...]]:  # fmt: skip
         """(dk + ds @ q, dv + p @ dout, the next state, the next sums): tiles (keys, queries); dk or dv None where it is not
         wanted; q_next None in the last step.
 
-        spread: takes ds as well. plain: nothing is in flight under ds, which takes fewer registers.
+        spread: takes ds as well. plain: nothing is in flight under ds, which takes fewer registers. before_end: a wait for memory,
+        behind the next state and before dk's product is waited for, which ptxas would else do before the exponentials.
         """
         wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
         if self.interpret:
@@ -108,7 +109,9 @@ class BackwardWgmma(Wgmma):
             if q_next is None:
                 return dk, dv, state, tuple(sums)
             before_next()
-            return dk, dv, probabilities(self.scores(k, q_next)), tuple(sums)
+            state = probabilities(self.scores(k, q_next))
+            before_end()
+            return dk, dv, state, tuple(sums)
 
         tile = state[0].shape
 
@@ -156,6 +159,7 @@ class BackwardWgmma(Wgmma):
                 after_dout()
             for ref, new in zip(refs["state"], probabilities(s), strict=True):
                 ref[...] = new
+            before_end()
 
         refs: dict[str, Any] = {"state": state, "sums": tuple(sums)}
         refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
