@@ -103,15 +103,10 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
         for n in (1, 2, 4):
             found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:
-        wide = WalkConfig(half=True, block_k=128 if case.head_dim == 64 else 64, split=base.dkv.split if base.dkv else 1)
-        found["fused, together"] = of(fused=wide)
-        orders = {"": {}, "plain, ": {"plain": True}, "plain early, ": {"plain": True, "early": True}}
-        for name, order in orders.items():
-            own = dataclasses.replace(wide, apart=True, **order)
-            found |= {f"fused, {name}{n}": of(fused=one) for n, one in several(own, heads, case.key_len).items() if n != "2 row tiles"}
-            found[f"fused, {name}3 stages"] = of(fused=dataclasses.replace(own, stages=3))
-            if case.causal:
-                found[f"fused, {name}masks all"] = of(fused=dataclasses.replace(own, masks_all=True))
+        own = WalkConfig(**backward_tuning.FUSED, split=base.dkv.split if base.dkv else 1)
+        for stages in (2, 3):
+            for name, more in {"": {}, ", half p": {"half": True}, ", half p, apart": {"half": True, "apart": True}}.items():
+                found[f"fused, {stages} stages{name}"] = of(fused=dataclasses.replace(own, stages=stages, **more))
     precisions = {"half p": True, "float32 p": False}
     for name, half in precisions.items():
         for more in ({}, {"masks_all": not base.dq.masks_all}) if case.causal else ({},):

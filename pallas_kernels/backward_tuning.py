@@ -5,9 +5,9 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233;
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
-The fused kernel adds to dq in any order, so it is chosen only where it was over 10 % faster than the pair. Pair / fused, TFLOP/s:
-D64 L16384 411 / 519, causal 404 / 498; L2048 376 / 448, causal 323 / 346; L512 307 / 291; L4096 causal 360 / 420, with dropout
-227 / 242 (H200), dropout alone 273 / 356. D128 L16384 571 / 527, causal 526 / 553.
+The fused kernel adds to dq in any order, so it is chosen only where it was over 10 % faster than the pair. Pair / fused, TFLOP/s of
+the backward alone on an H200, 2026-11-27: D128 L16384 557 / 624, causal 528 / 608; L2048 516 / 565, causal 459 / 441. D64 L16384
+409 / 525, causal 396 / 526; L2048 366 / 464, causal 339 / 392.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ def backward_config(
         dq = dataclasses.replace(dv, early=not masked and not drops)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
-        if not deterministic and head_dim > 48 and min(query_len, seen) >= 2048 and not (sloped and drops):
-            fused = WalkConfig(block_k=128, half=True)
+        if not deterministic and head_dim > 48 and min(query_len, seen) >= 1024:
+            fused = WalkConfig(**FUSED)  # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
+        if not deterministic and not drops and head_dim > 112 and min(query_len, seen) >= 4096:
+            fused = WalkConfig(**FUSED, half=True, stages=2 if masked else 3)  # L 16384: 8697 us, two stages 8902; causal 4526, 4405
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
         # in roles 1192 us, several row tiles 1172, p in half precision 1274, one after the other 1513; causal 657, 634, 698, 901
@@ -73,6 +75,9 @@ def backward_config(
     found = {name: one and fitted(name, one, **dims) for name, one in {**own, "fused": fused}.items()}
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
+
+FUSED: dict[str, Any] = {"plain": True, "registers": (216, 72)}
+"""Of the fused kernel: 216 registers let nothing be in flight under ds (C7512), 72 hold a piece of dq; more than 504 hang."""
 
 SHORT = 3072
 """Keys that a row sees on average under a causal mask of length 4096, and some."""
