@@ -105,8 +105,8 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
     if case.head_dim <= 128:
         own = WalkConfig(**backward_tuning.FUSED, split=base.dkv.split if base.dkv else 1)
         for stages in (2, 3):
-            for name, more in {"": {}, ", half p": {"half": True}, ", half p, apart": {"half": True, "apart": True}}.items():
-                found[f"fused, {stages} stages{name}"] = of(fused=dataclasses.replace(own, stages=stages, **more))
+            for name, half in {"": False, ", half p": True}.items():
+                found[f"fused, {stages} stages{name}"] = of(fused=dataclasses.replace(own, stages=stages, half=half))
     precisions = {"half p": True, "float32 p": False}
     for name, half in precisions.items():
         for more in ({}, {"masks_all": not base.dq.masks_all}) if case.causal else ({},):

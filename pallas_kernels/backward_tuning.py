@@ -6,8 +6,9 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
 The fused kernel adds to dq in any order, so it is chosen only where it was over 10 % faster than the pair. Pair / fused, TFLOP/s of
-the backward alone on an H200, 2026-11-27: D128 L16384 557 / 624, causal 528 / 608; L2048 516 / 565, causal 459 / 441. D64 L16384
-409 / 525, causal 396 / 526; L2048 366 / 464, causal 339 / 392.
+the backward alone on an H200, 2026-11-27: D128 L16384 564 / 658, causal 535 / 616; L4096 550 / 634, causal 492 / 513; L2048 520 /
+578, causal 452 / 434; 28 heads on 4, causal, L32768 493 / 540, L4096 429 / 422. D64 L16384 409 / 525, causal 396 / 526; L2048
+366 / 464, causal 339 / 392.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def backward_config(
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
-        if not deterministic and not drops and head_dim > 112 and min(query_len, seen) >= 4096:
-            fused = WalkConfig(**FUSED, half=True, stages=2 if masked else 3)  # L 16384: 8697 us, two stages 8902; causal 4526, 4405
+        if not deterministic and not drops and head_dim > 112 and min(query_len, seen) >= (8192 if sloped else 2048):
+            fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
         # in roles 1192 us, several row tiles 1172, p in half precision 1274, one after the other 1513; causal 657, 634, 698, 901
@@ -65,14 +66,18 @@ def backward_config(
         dkv = WalkConfig(roles=True, plain=True)
         dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
         dv = WalkConfig(masks_all=True)
-    own = {"dkv": dkv, "dk": dk, "dv": dv}
+    own = {"dkv": dkv, "dk": dk, "dv": dv, "fused": fused}
     own = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()} | {"dq": dq}
     if several:
         items = {"dq": heads * cdiv(query_len, dq.rows)}
-        items |= {name: heads // group * one.split * cdiv(key_len, one.rows) for name, one in own.items() if one and name != "dq"}
+        items |= {
+            name: heads // group * one.split * cdiv(key_len, one.rows)
+            for name, one in own.items()
+            if one and name not in ("dq", "fused")
+        }
         own |= {name: dataclasses.replace(own[name], row_tiles=cdiv(n, tuning.SMS)) for name, n in items.items()}
     dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "biased": biased, "bias_bytes": bias_bytes}
-    found = {name: one and fitted(name, one, **dims) for name, one in {**own, "fused": fused}.items()}
+    found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
 

@@ -115,7 +115,9 @@ class ForwardConfig:
         if self.warpgroups * self.registers[0] + self.registers[1] > at_launch * (self.warpgroups + 1):
             wanted = f"{self.warpgroups} x {self.registers[0]} + {self.registers[1]}"
             most = at_launch * (self.warpgroups + 1)
-            raise ValueError(f"registers must be at most {most} over all warpgroups, what a program of so many gets; {wanted} are more.")
+            raise ValueError(
+                f"registers must be at most {most} over all warpgroups, what a program of so many gets; {wanted} are more."
+            )
 
     @property
     def rows(self) -> int:
@@ -152,11 +154,12 @@ class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
     brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
-    dv). plain: dq is finished within its step, for want of registers (the other warpgroup fills the gaps). early: dq's steps are in
+    dv). plain: dq is finished within its step, nothing is in flight under a fused kernel's ds, for want of registers (the other
+    warpgroups fill the gaps). early: dq's steps are in
     dk's order, the next scores beside this step's product. half: p waits in half precision for the next step (dk, dv, early dq).
     masks_all: every tile is masked, without a branch. split: programs among which the query
     heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
-    block_q keys, one makes dv and the other dk (`hopper_backward_roles`). apart: row tiles begin their walks at different tiles.
+    block_q keys, one makes dv and the other dk (`hopper_backward_roles`).
     """
 
     block_k: int = 64
@@ -168,7 +171,6 @@ class WalkConfig(ForwardConfig):
     masks_all: bool = False
     split: int = 1
     roles: bool = False
-    apart: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,8 +204,8 @@ class BackwardConfig:
         return None if own is not None and own.roles and head_dim != value_head_dim else own
 
     def can_fuse(self, head_dim: int) -> bool:
-        """Whether dq can be made in pieces of 64 columns: keys narrower than a swizzle have another one than ds, which their product
-        does not take."""
+        """Whether dq can be made in pieces of 64 columns: narrower keys have another swizzle than ds, which their product does not
+        take."""
         return self.fused is not None and head_dim % 64 == 0
 
 

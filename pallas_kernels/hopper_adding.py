@@ -52,7 +52,7 @@ def _operation(name: str, result: Any, *operands: Any) -> Any:
 
 
 def _element(register: Any, k: int) -> Any:
-    position = {"static_position": ir.DenseI64ArrayAttr.get([k])}
+    position: dict[str, Any] = {"static_position": ir.DenseI64ArrayAttr.get([k])}
     return ir.Operation.create("vector.extract", [ir.F32Type.get()], [register], position).result
 
 

@@ -105,7 +105,7 @@ def dkv(
 
         # Else registers hold where each of 8 or 16 pieces of k and v lies, and spill beside a mask, or dropout's words: D128
         # causal, L 16384: 2966 us, held 3091, L 4096 with dropout 1177, 1276. Without a mask nothing spills: 6204, held 6070.
-        moves = fused or E > 64 and (drops or recipe.mask is not None or recipe.keep_kind is not None)
+        moves = fused or (E > 64 and (drops or recipe.mask is not None or recipe.keep_kind is not None))
 
         def owns(wg: Any) -> tuple[Any, Any]:
             keys = k_s.at[pl.ds(wg * bk, bk)]
@@ -187,7 +187,8 @@ def dkv(
                 rows, (r_next, i_next), n_next = rows_at(r), advanced(r, i), n + 1
                 if fused:  # the last step's scores once more: a step apart for it, and ptxas is short of registers (C7512)
                     r_next, i_next = (lax.select(n_next < end, new, old) for new, old in ((r_next, r), (i_next, i)))
-                now, following, do_now, do_next = *(slot(x, q_stages) for x in (n, n_next)), *(slot(x, do_stages) for x in (n, n_next))
+                now, following = (slot(x, q_stages) for x in (n, n_next))
+                do_now, do_next = (slot(x, do_stages) for x in (n, n_next))
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
                 k_own, v_own = owns(wg + (lax.optimization_barrier(zero) if moves else 0))
                 dk, dv, state, sums = products.keys_step(
@@ -309,8 +310,9 @@ def dkv(
                     else:
                         dq_ref[(item.key_tile, *where)] = dq
 
+                # unrolled, the first piece would wait in registers for the last product: nobody may know how many there are
                 pieces = (bq // SIDE) * (E // SIDE)
-                lax.fori_loop(zero, lax.optimization_barrier(zero) + pieces, piece, None)  # a loop: unrolled, the first piece's adds wait for the last product
+                lax.fori_loop(zero, lax.optimization_barrier(zero) + pieces, piece, None)
                 return item.advanced(r, i), ahead_at
 
             start = (zero, zero, item.asked(zero, zero))

@@ -29,7 +29,7 @@ def _unset(shape: tuple[int, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How ds reaches whoever makes dq of it: store(ds) puts a warpgroup's own into shared memory, tell() says that it lies there."""
+    """How ds reaches whoever makes dq of it: store(ds) puts a warpgroup's own into shared memory, tell() says that it is there."""
 
     store: Callable[[Any], None]
     tell: Callable[[], None]

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
-from pallas_kernels.contracts import ForwardConfig, ForwardShape, Ids, WalkConfig
+from pallas_kernels.contracts import ForwardConfig, ForwardShape, Ids
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.online_softmax import LOG2E, over_columns
 
@@ -153,16 +153,12 @@ def mask_of(recipe: Recipe, refs: Refs, b: Any, by_query: Any = None, by_key: An
 
 def walk_of(recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, q_lo: Any, rows: int) -> Any:
     """Which key tiles the rows [q_lo, q_lo + rows) of row tile `tile` visit."""
-    shape, config = recipe.shape, recipe.config
     if recipe.keep_kind is not None:
-        walk = visits.ListWalk(refs.table, shared(refs.table, b, h, tile))
-    elif recipe.has_ids:
-        walk = visits.RangeWalk(*(refs.table[(*shared(refs.table, b), tile, n)] for n in range(4)))
-    else:
-        walk = visits.ranges(mask_of(recipe, refs, b), q_lo, rows, shape.query_len, shape.key_len, config.block_k)
-    if not isinstance(config, WalkConfig) or not config.apart:
-        return walk
-    return walk.begun(tile, visits.cdiv(shape.query_len, config.rows), visits.cdiv(shape.key_len, config.block_k))
+        return visits.ListWalk(refs.table, shared(refs.table, b, h, tile))
+    if recipe.has_ids:
+        return visits.RangeWalk(*(refs.table[(*shared(refs.table, b), tile, n)] for n in range(4)))
+    shape = recipe.shape
+    return visits.ranges(mask_of(recipe, refs, b), q_lo, rows, shape.query_len, shape.key_len, recipe.config.block_k)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which key tiles a tile of query rows visits, in which order, and which of them need the mask.
 
-A walk goes from the last key tile to the first, or, `begun` elsewhere, up from there and around; it has three answers: `steps`,
-`tile(i)` and `partial(i)`. What it is read from depends on the mask:
+A walk goes from the last key tile to the first and has three answers: `steps`, `tile(i)` and `partial(i)`. What it is read
+from depends on the mask:
 
     range   the mask's own arithmetic, inside the kernel: causal, windows, lengths
     table   (B|1, row tiles, 4) int32 from XLA: the same four numbers, where the mask has an id for each position
@@ -38,23 +38,14 @@ def greatest(a: Any, b: Any) -> Any:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
 
 
-def around(x: Any, end: Any, length: Any) -> Any:
-    """x, or, from `end` on, so much less."""
-    return jnp.where(x < end, x, x - length)
-
-
 @dataclasses.dataclass(frozen=True)
 class RangeWalk:
-    """first, full_first, full_last, last: key tiles; [first, last) is visited, [full_first, full_last) needs no mask.
-
-    begin: the tile of the first step, where the walk goes up; None: it goes down from the last.
-    """
+    """first, full_first, full_last, last: key tiles; [first, last) is visited, [full_first, full_last) needs no mask."""
 
     first: Any
     full_first: Any
     full_last: Any
     last: Any
-    begin: Any = None
 
     @property
     def steps(self) -> Any:
@@ -64,13 +55,8 @@ class RangeWalk:
         """Its steps [start, stop) alone."""
         return dataclasses.replace(self, first=self.last - stop, last=self.last - start)
 
-    def begun(self, share: Any, of: int, tiles: int) -> RangeWalk:
-        """The walk of row tile `share` of `of`, begun at its like of all key tiles, so that no two stand at the same one."""
-        own = divided(share * tiles, of)
-        return dataclasses.replace(self, begin=least(greatest(own, self.first), self.last - 1))
-
     def tile(self, i: Any) -> Any:
-        return self.last - 1 - i if self.begin is None else around(self.begin + i, self.last, self.steps)
+        return self.last - 1 - i
 
     def partial(self, i: Any) -> Any:
         return (self.tile(i) < self.full_first) | (self.tile(i) >= self.full_last)
@@ -82,23 +68,16 @@ class ListWalk:
 
     ref: Any
     at: tuple[Any, ...]
-    begin: Any = None  # which of its tiles is the first; None: that of the list
 
     @property
     def steps(self) -> Any:
         return self.ref[(*self.at, 0)]
 
-    def begun(self, share: Any, of: int, tiles: int) -> ListWalk:
-        return dataclasses.replace(self, begin=divided(share * self.steps, of))
-
-    def _entry(self, i: Any) -> Any:
-        return self.ref[(*self.at, 1 + (i if self.begin is None else around(self.begin + i, self.steps, self.steps)))]
-
     def tile(self, i: Any) -> Any:
-        return lax.shift_right_logical(self._entry(i), np.int32(1))
+        return lax.shift_right_logical(self.ref[(*self.at, i + 1)], np.int32(1))
 
     def partial(self, i: Any) -> Any:
-        return (self._entry(i) & 1) == 1
+        return (self.ref[(*self.at, i + 1)] & 1) == 1
 
 
 def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> RangeWalk:

@@ -28,10 +28,9 @@ SPLIT = BackwardConfig(dq=OTHER, dkv=None, dk=OTHER, dv=OTHER)
 WIDE = WalkConfig(block_k=128, masks_all=True, half=True)
 WIDER = BackwardConfig(dq=WIDE, dkv=WIDE, dk=WIDE, dv=WIDE)
 
-FUSE = WalkConfig(half=True, plain=True, registers=(216, 72))  # adds to dq in any order: not the same bits each time
+FUSE = WalkConfig(plain=True, registers=(216, 72))  # adds to dq in any order: not the same bits each time
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
-FUSED_64 = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, half=False))
-FUSED_WIDE = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128, plain=False, apart=True))
+FUSED_WIDE = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128, plain=False, half=True))
 FUSED_THREE = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, stages=3))
 
 THREE_TILES = dataclasses.replace(WalkConfig(), row_tiles=3)
@@ -128,14 +127,14 @@ OWN = {
     ),
     "fused, E 64, BLHE, a window": lambda: (
         make(264, 136, B=1, Hq=2, E=64, keep=band(264, 136, 70, 3, -20)),
-        {"mask": sliding_window(70, 3, -20), "config": FUSED_64, "layout": "BLHE"},
+        {"mask": sliding_window(70, 3, -20), "config": FUSED, "layout": "BLHE"},
     ),
     "fused, dropout, lengths, E 56, Ev 40": lambda: (
         make(
             136, 200, B=2, Hq=2, E=56, Ev=40, keep=lengths(136, 200, [180, 0]),
             survivors=dropped(jax.random.key(1), 2, 2, 136, 200, 0.3),
         ),
-        {"mask": KeyLengths(jnp.array([180, 0])), "key": jax.random.key(1), "p": 0.3, "config": FUSED_64},
+        {"mask": KeyLengths(jnp.array([180, 0])), "key": jax.random.key(1), "p": 0.3, "config": FUSED},
     ),
     "fused, dense mask of each head, softcap": lambda: (
         make(136, 136, B=1, Hq=2, Hk=1, E=128, keep=(keep := rng.random((1, 2, 136, 136)) < 0.4), softcap=2.0),
@@ -147,7 +146,7 @@ OWN = {
     "a group divided under a dense mask of each head": lambda: (
         make(136, 136, B=1, Hq=3, Hk=1, E=64, keep=(keep := rng.random((1, 3, 136, 136)) < 0.4)), {"keep": keep, "config": DIVIDED}
     ),
-    "fused, several query tiles apart, grouped, causal": lambda: (
+    "fused, wide query tiles, grouped, causal": lambda: (
         make(136, 392, B=1, Hq=4, Hk=2, E=64, keep=band(136, 392, -1, 0, 200)), {"mask": causal(200), "config": FUSED_WIDE}
     ),
     "fused, fewer queries than stages": lambda: (make(40, 136, B=1, Hq=1, E=64), {"config": FUSED_THREE}),
@@ -215,7 +214,7 @@ ON_A_GPU = {
         make(1024, 1024, B=1, Hq=2, E=128, keep=band(1024, 1024, -1, 0)), {"mask": causal(), "config": FUSED}
     ),
     "long, fused, causal, 64": lambda: (
-        make(1024, 1024, B=1, Hq=2, E=64, keep=band(1024, 1024, -1, 0)), {"mask": causal(), "config": FUSED_64}
+        make(1024, 1024, B=1, Hq=2, E=64, keep=band(1024, 1024, -1, 0)), {"mask": causal(), "config": FUSED}
     ),
     "long, dropout": lambda: (
         make(520, 776, B=1, Hq=2, Hk=1, E=128, survivors=dropped(jax.random.key(1), 1, 2, 520, 776, 0.1)),
