@@ -51,7 +51,7 @@ def backward_config(
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
-        if not deterministic and not drops and head_dim > 112 and min(query_len, seen) >= (8192 if sloped else 2048):
+        if not deterministic and not drops and head_dim > 112 and min(query_len, seen) >= (6144 if sloped else 2048):
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
