@@ -5,10 +5,10 @@ rows differ or are short. One / all of them, microseconds on an H100: D128 L512 
 167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233;
 L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
 
-The fused kernel adds to dq in any order, so it is chosen only where it was over 10 % faster than the pair. Pair / fused, TFLOP/s of
-the backward alone on an H200, 2026-11-27: D128 L16384 564 / 658, causal 535 / 616; L4096 550 / 634, causal 492 / 513; L2048 520 /
-578, causal 452 / 434; 28 heads on 4, causal, L32768 493 / 540, L4096 429 / 422. D64 L16384 409 / 525, causal 396 / 526; L2048
-366 / 464, causal 339 / 392.
+The fused kernel adds to dq in any order, so it is chosen only where it was about 10 % faster than the pair, or more; beside a
+softcap, whose slopes wait in registers too, it has not been timed. Pair / fused, TFLOP/s of the backward alone on an H200,
+2026-11-27: D128 L16384 564 / 658, causal 535 / 616; L4096 550 / 634, causal 492 / 513; L2048 520 / 578, causal 452 / 434; 28 heads
+on 4, causal, L32768 493 / 540, L4096 429 / 422. D64 L16384 409 / 525, causal 396 / 526; L2048 366 / 464, causal 339 / 392.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pallas_kernels.visits import cdiv
 def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
     sloped: bool = False, seen: float | None = None, drops: bool = False, biased: bool = False, bias_bytes: int = 0,
-    deterministic: bool = True,
+    capped: bool = False, deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s; biased: there is a bias of any size. deterministic: the
-    same bits each time, so not the fused kernel.
+    masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s; biased: there is a bias of any size. capped: there is a
+    softcap. deterministic: the same bits each time, so not the fused kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
     True
@@ -46,12 +46,12 @@ def backward_config(
         dq = dataclasses.replace(dv, early=not masked and not drops)
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
-        if not deterministic and head_dim > 48 and min(query_len, seen) >= 1024:
+        if not (deterministic or capped) and head_dim > 48 and min(query_len, seen) >= 1024:
             fused = WalkConfig(**FUSED)  # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
-        if not deterministic and not drops and head_dim > 112 and min(query_len, seen) >= (6144 if sloped else 2048):
+        if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (6144 if sloped else 2048):
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604

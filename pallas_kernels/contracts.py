@@ -154,11 +154,10 @@ class WalkConfig(ForwardConfig):
     """How a backward kernel cuts its work: as a forward kernel, rows (block_q) stay, tiles of columns (block_k) stream past.
 
     brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
-    dv). plain: dq is finished within its step, nothing is in flight under a fused kernel's ds, for want of registers (the other
-    warpgroups fill the gaps). early: dq's steps are in
-    dk's order, the next scores beside this step's product. half: p waits in half precision for the next step (dk, dv, early dq).
-    masks_all: every tile is masked, without a branch. split: programs among which the query
-    heads of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
+    dv). plain: dq is finished within its step, nothing is in flight under ds (dkv), for want of registers: other warpgroups fill
+    the gaps. early: dq's steps are in dk's order, the next scores beside this step's product. half: p waits in half precision for
+    the next step (dk, dv, early dq). masks_all: every tile is masked, without a branch. split: programs among which the query heads
+    of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
     block_q keys, one makes dv and the other dk (`hopper_backward_roles`).
     """
 

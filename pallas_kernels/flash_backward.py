@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backward_tuning, dense
-from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig
+from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig, has_ids
 from pallas_kernels.flash_attention import hidden_by, longer, slope, up
 
 WANTS = ("query", "key", "value")
@@ -61,7 +61,7 @@ def backward(
     if config is None:
         config = chosen(
             heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=bias,
-            dense_mask=keep is not None, drops=drops, deterministic=deterministic,
+            dense_mask=keep is not None, drops=drops, capped=softcap is not None, deterministic=deterministic,
         )  # fmt: skip
     given_mask = mask
     if keep is not None:
@@ -133,11 +133,15 @@ def chosen(
     *, query_len: int, key_len: int, mask: Any, bias: Any, dense_mask: bool, deterministic: bool, **facts: Any
 ) -> BackwardConfig:  # fmt: skip
     """The tuned configuration of a call; facts: more of what `backward_tuning.backward_config` asks for. With `fused` (only where
-    not deterministic), and where all of query, key and value are wanted, dq's last bits vary from run to run."""
+    not deterministic), and where all of query, key and value are wanted, dq's last bits vary from run to run.
+
+    Not fused: a bias, and masks with an id for each position, whose rows may see few keys, which nobody knows here.
+    """
     sloped, seen = slope(mask, query_len, key_len)
+    deterministic = deterministic or bias is not None or has_ids(mask)
     return backward_tuning.backward_config(
         query_len=query_len, key_len=key_len, masked=mask is not None or dense_mask, sloped=sloped, seen=seen,
-        biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic or bias is not None, **facts,
+        biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic, **facts,
     )  # fmt: skip
 
 

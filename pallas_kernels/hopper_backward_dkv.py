@@ -73,8 +73,8 @@ def dkv(
     needs_v = "dk" in wants
     own_dv = not needs_v and E != Ev  # dk and dv leave from the memory of k and v; dv alone from that of k, if it has its size
     several = config.row_tiles > 1
-    if fused and several:
-        raise ValueError(f"row_tiles must be 1 where the kernel is fused, got {config.row_tiles}.")
+    if fused and (several or operands.bias is not None):
+        raise ValueError(f"A fused kernel takes one row tile and no bias, got row_tiles {config.row_tiles}.")
     staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles)
     products = BackwardWgmma(interpret is not None)

@@ -1,7 +1,7 @@
 """The matrix products of the backward kernels, in the order in which they stay in flight under what is done to a tile.
 
-Both loops are pipelined over two steps, so that some product runs under each piece of elementwise work: in the dq kernel the last
-step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, dS.T @ Q under the next step's p.
+Both loops are pipelined over two steps, so that, but for `plain`, some product runs under each piece of elementwise work: in the dq
+kernel the last step's dS @ K under this step's p and dS; in the dk/dv kernel P.T @ dO under dS, dS.T @ Q under the next step's p.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class BackwardWgmma(Wgmma):
 
             dp = first() if dk is None else pl.run_scoped(first, plgpu.ACC(tile, jnp.float32))
             ds = None
-            early = dv is None or plain
+            early = dk is not None and (dv is None or plain)
             if early:
                 after_dout()
             if dk is not None:
@@ -164,7 +164,7 @@ class BackwardWgmma(Wgmma):
         refs: dict[str, Any] = {"state": state, "sums": tuple(sums)}
         refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
         after = pl.run_state(stage)(refs)
-        if q_next is None and dv is not None and not plain:
+        if q_next is None and dv is not None and (dk is None or not plain):
             after_dout()
         return after.get("dk"), after.get("dv"), after["state"], after["sums"]
 

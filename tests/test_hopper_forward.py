@@ -283,6 +283,7 @@ def test_the_kernel_lowers_for_cuda(name):
         ({"stages": 1}, "stages must be at least 2"),
         ({"warpgroups": 4}, "warpgroups must be 1, 2 or 3"),
         ({"warpgroups": 3}, "registers must be at most 512"),
+        ({"registers": (216, 80)}, "registers must be at most 504"),
     ],
 )
 def test_a_configuration_is_checked(options, message):

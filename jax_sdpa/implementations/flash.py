@@ -203,10 +203,11 @@ def _against_kernels(request: SdpaRequest, wrt: tuple[str, ...]) -> list[str]:
 
 def _adds_in_any_order(request: SdpaRequest, device: Device) -> bool:
     """Whether the backward is the fused kernel."""
+    drops = request.spec.dropout_p > 0 and dropout.rounded(request.spec.dropout_p) < 1
     config = flash_backward.chosen(
         heads=request.batch * request.q_heads, group=request.group, query_len=request.query_len, key_len=request.key_len,
         head_dim=request.head_dim, value_head_dim=request.value_head_dim, mask=request.mask if request.masks else None,
-        bias=request.bias, dense_mask=request.keep_mask is not None, drops=0 < dropout.rounded(request.spec.dropout_p) < 1,
+        bias=request.bias, dense_mask=request.keep_mask is not None, drops=drops, capped=request.spec.softcap is not None,
         deterministic=device.deterministic,
     )  # fmt: skip
     return config.fused is not None
