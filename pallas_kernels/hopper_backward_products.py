@@ -91,8 +91,9 @@ class BackwardWgmma(Wgmma):
         """(dk + ds @ q, dv + p @ dout, the next state, the next sums): tiles (keys, queries); dk or dv None where it is not
         wanted; q_next None in the last step.
 
-        spread: takes ds as well. plain: nothing is in flight under ds, which takes fewer registers. before_end: a wait for memory,
-        behind the next state and before dk's product is waited for, which ptxas would else do before the exponentials.
+        spread: takes ds as well, in every step but such a last one. plain: nothing is in flight under ds, which takes fewer
+        registers. before_end: a wait for memory, behind the next state and before dk's product is waited for, which ptxas would
+        else do before the exponentials.
         """
         wide = lambda state: tuple(x.astype(jnp.float32) for x in state)  # noqa: E731
         if self.interpret:
@@ -114,6 +115,7 @@ class BackwardWgmma(Wgmma):
             return dk, dv, state, tuple(sums)
 
         tile = state[0].shape
+        early = dk is not None and (dv is None or plain)  # dout has been read before ds is made
 
         def stage(refs: dict[str, Any]) -> None:
             state = tuple(ref[...] for ref in refs["state"])
@@ -128,7 +130,6 @@ class BackwardWgmma(Wgmma):
 
             dp = first() if dk is None else pl.run_scoped(first, plgpu.ACC(tile, jnp.float32))
             ds = None
-            early = dk is not None and (dv is None or plain)
             if early:
                 after_dout()
             if dk is not None:
@@ -151,8 +152,6 @@ class BackwardWgmma(Wgmma):
             if q_next is None:
                 if dk is not None:
                     plgpu.wgmma(refs["dk"], ds, q)
-                if spread is not None:
-                    spread.tell()
                 return
             s = pl.run_scoped(second, plgpu.ACC(tile, jnp.float32))
             if not early:
@@ -164,7 +163,7 @@ class BackwardWgmma(Wgmma):
         refs: dict[str, Any] = {"state": state, "sums": tuple(sums)}
         refs |= {name: plgpu.ACC.init(acc) for name, acc in (("dk", dk), ("dv", dv)) if acc is not None}
         after = pl.run_state(stage)(refs)
-        if q_next is None and dv is not None and (dk is None or not plain):
+        if q_next is None and not early:
             after_dout()
         return after.get("dk"), after.get("dv"), after["state"], after["sums"]
 

@@ -17,7 +17,7 @@ from test_hopper_forward import LONG, alone
 from jax_sdpa import compat, dropout, scaled_dot_product_attention
 from jax_sdpa.attention import SDPBackend, sdpa_kernel
 from jax_sdpa.attention.bias import KeyLengths, causal, sliding_window
-from pallas_kernels import flash_backward
+from pallas_kernels import backward_tuning, flash_backward
 from pallas_kernels.contracts import BackwardConfig, WalkConfig
 
 pytestmark = pytest.mark.skipif(compat.JAX_VERSION < (0, 11, 2), reason="Mosaic's interpreter and the kernels need jax 0.11.2")
@@ -28,7 +28,7 @@ SPLIT = BackwardConfig(dq=OTHER, dkv=None, dk=OTHER, dv=OTHER)
 WIDE = WalkConfig(block_k=128, masks_all=True, half=True)
 WIDER = BackwardConfig(dq=WIDE, dkv=WIDE, dk=WIDE, dv=WIDE)
 
-FUSE = WalkConfig(plain=True, registers=(216, 72))  # adds to dq in any order: not the same bits each time
+FUSE = WalkConfig(**backward_tuning.FUSED)  # adds to dq in any order: not the same bits each time
 FUSED = dataclasses.replace(WIDER, fused=FUSE)
 FUSED_WIDE = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, block_k=128, plain=False, half=True))
 FUSED_THREE = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, stages=3))
@@ -265,7 +265,6 @@ def test_the_same_bits_in_another_process():
 
 def test_every_configuration_fits_the_shared_memory():
     """All head dims, with dropout and without; what a kernel needs beside this count is small, and its lowering refuses more."""
-    from pallas_kernels import backward_tuning
     from pallas_kernels.tuning import SHARED_MEMORY
 
     for E in range(8, 257, 8):
@@ -279,11 +278,19 @@ def test_every_configuration_fits_the_shared_memory():
             ]:
                 facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops}
                 facts |= {"biased": bias_bytes is not None, "bias_bytes": bias_bytes or 0}
-                lengths = {"heads": 16, "group": 4, "query_len": 8192, "key_len": 8192}
-                config = backward_tuning.backward_config(**lengths, **facts, masked=masked, deterministic=False)
-                for kernel in ("dq", "dkv", "dk", "dv", "fused"):
-                    own = getattr(config, kernel)
-                    assert own is None or backward_tuning.shared_bytes(kernel, own, **facts) <= SHARED_MEMORY, (kernel, E, Ev)
+                for length in (512, 8192):  # several row tiles a program; a fused kernel
+                    lengths = {"heads": 16, "group": 4, "query_len": length, "key_len": length}
+                    config = backward_tuning.backward_config(**lengths, **facts, masked=masked, deterministic=False)
+                    for kernel in ("dq", "dkv", "dk", "dv", "fused"):
+                        own = getattr(config, kernel)
+                        assert own is None or backward_tuning.shared_bytes(kernel, own, **facts) <= SHARED_MEMORY, (kernel, E, Ev)
+
+
+def test_a_fused_kernel_takes_one_row_tile():
+    several = dataclasses.replace(FUSED, fused=dataclasses.replace(FUSE, row_tiles=2))
+    run, args = kernels(make(72, 136, B=1, Hq=1, E=64).rounded(jnp.bfloat16), config=several)
+    with pytest.raises(ValueError, match="one row tile and no bias, got row_tiles 2"):
+        run(*args)
 
 
 @pytest.mark.parametrize(("E", "Ev"), [(256, 256), (256, 240), (208, 208), (192, 192), (192, 128), (128, 128), (64, 64), (16, 256)])
