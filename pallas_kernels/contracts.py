@@ -80,7 +80,8 @@ class ForwardConfig:
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
-    program, one after another: K and V of the next one are on their way while the last one is finished. queries: row tiles whose
+    program, one after another: K and V of the next one are on their way while the last one is finished. together: heads whose row
+    tiles take turns, heaviest first. queries: row tiles whose
     queries are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
     registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup
     waits for the last PV behind all of its softmax (else where the compiler likes it, early).
@@ -92,6 +93,7 @@ class ForwardConfig:
     warpgroups: int = 2
     registers: tuple[int, int] = (240, 24)
     row_tiles: int = 1
+    together: int = 1
     queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
@@ -106,6 +108,8 @@ class ForwardConfig:
             raise ValueError(f"stages must be at least 2, got {self.stages}: one tile computes while another loads.")
         if self.row_tiles < 1:
             raise ValueError(f"row_tiles must be at least 1, got {self.row_tiles}.")
+        if self.together < 1:
+            raise ValueError(f"together must be at least 1, got {self.together}.")
         if self.queries not in (1, 2):
             raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):

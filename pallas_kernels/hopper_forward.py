@@ -61,7 +61,7 @@ def forward(
     B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
-    items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles)
+    items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles, config.together)
     several = config.row_tiles > 1
     own_out = config.own_out(E, Ev)  # results leave from memory of their own, `width` columns at a time; else from q's
     width = config.out_columns(E, Ev)

@@ -131,15 +131,17 @@ def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int)
 class Items:
     """Which (batch entry, head, row tile) is the n-th item of program p, of `per_program` items.
 
-    Heads stand in a row, their row tiles heaviest first. With several items, program p takes the p-th, then the p-th from behind of
-    the next `programs` ones, and so on: what runs at one time are neighbours, which share K and V in the cache, and under a causal
-    mask a light item follows a heavy one.
+    Heads stand in a row, `together` of them side by side: their heaviest row tiles, then their next ones, and so on. So the
+    lightest come last, where SMs run dry, and what is read at one time is still these heads' (`tuning.side_by_side`). With several
+    items, program p takes the p-th, then the p-th from behind of the next `programs` ones, and so on: what runs at one time are
+    neighbours, which share K and V in the cache, and under a causal mask a light item follows a heavy one.
     """
 
     batch: int
     heads: int
     row_tiles: int
     per_program: int
+    together: int = 1
 
     @property
     def total(self) -> int:
@@ -168,6 +170,20 @@ class Items:
         return jnp.where(self._number(p, last) < self.total, np.int32(last + 1), np.int32(last))
 
     def at(self, p: Any, n: Any) -> tuple[Any, Any, Any]:
-        x = self._number(p, n)
-        head, r = lax.div(x, np.int32(self.row_tiles)), lax.rem(x, np.int32(self.row_tiles))
-        return lax.div(head, np.int32(self.heads)), lax.rem(head, np.int32(self.heads)), self.row_tiles - 1 - r
+        x, heads = self._number(p, n), self.batch * self.heads
+        blocks = max(1, heads // self.together)  # of heads side by side; the last one has those that are left over as well
+        side: Any = heads if blocks == 1 else self.together
+        first: Any = 0
+        if blocks > 1:
+            block = jnp.minimum(lax.div(x, np.int32(side * self.row_tiles)), np.int32(blocks - 1))
+            first, x = block * side, x - block * (side * self.row_tiles)
+            if more := heads % side:
+                side = jnp.where(block == blocks - 1, np.int32(side + more), np.int32(side))
+        r, head = _divmod(x, side)
+        b, h = _divmod(first + head, self.heads)
+        return b, h, self.row_tiles - 1 - r
+
+
+def _divmod(x: Any, by: Any) -> tuple[Any, Any]:
+    by = np.int32(by) if isinstance(by, int) else by
+    return lax.div(x, by), lax.rem(x, by)
