@@ -76,6 +76,7 @@ GPU_CASES = (
     *(_gpu(f"B4 H8 L4096 D192 {'causal' if causal else 'full'}", (4, 8, 4096, 192), causal) for causal in (False, True)),
     _gpu("Qwen2-7B 28/4 L4096 D128 causal", (1, 28, 4096, 128), True, 4),
     _gpu("Qwen2-7B 28/4 L32768 D128 causal", (1, 28, 32768, 128), True, 4),
+    _gpu("Llama-3-8B 32/8 L8192 D128 causal", (1, 32, 8192, 128), True, 8),
     _gpu("seed 1: B32 H8 L128 D64 f16", (32, 8, 128, 64), dtype="float16"),
     _gpu("seed 2: B32 H32/8 L128 D64 f16", (32, 32, 128, 64), False, 8, dtype="float16"),
     *(_gpu(f"B4 H{H} L4096 D{D} {extra}", (4, H, 4096, D), extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
@@ -86,4 +87,4 @@ GPU_CASES = (
     _gpu("B1 H16 L16384 D128 window 1024", (1, 16, 16384, 128), extra="window"),
     _gpu("64 sequences, 100 to 8000, H16 D128 causal packed", (1, 16, 259200, 128), True, extra="packed"),
 )  # fmt: skip
-"""Square training shapes at four head dims, Qwen2-7B's heads, torch's two docstring examples, and every kind of mask."""
+"""Square training shapes at four head dims, heads of two models, torch's two docstring examples, and every kind of mask."""

@@ -1,12 +1,14 @@
-"""`python -m benchmarks.gpu`: the forward, or both passes, on a GPU beside torch's backends and jax.nn's; device time; JSON.
+"""`python -m benchmarks.gpu`: the forward, or both passes, on a GPU beside its peers; device time; JSON.
 
 python -m benchmarks.gpu [--backward] [--only D128] [--rounds 3] [--jax-nn] [--save NAME] [--export DIR | --programs DIR]
 
-One process. --backward: forward and gradients of query, key and value together, 3.5 times the forward's FLOPs.
+One process. --backward: forward and gradients of query, key and value together, 3.5 times the forward's FLOPs. The peers are
+torch's backends, with --jax-nn jax.nn's cuDNN, and where they are installed tokamax (its Mosaic GPU kernels) and FlashAttention-4;
+all but torch's get arrays of their own layout, (B, L, H, E). One that raises is left out of the row and says why.
 
 Each call runs a few times under CUPTI (torch's profiler sees JAX's kernels too) and what its kernels take on the device is added
 up: launch gaps and the host do not count. Calls take turns in `rounds`; a figure is their median. Errors come first:
-||out - exact|| / ||exact|| against torch's EFFICIENT in float32, ours beside that of torch's own half-precision backend.
+||out - exact|| / ||exact|| against torch's EFFICIENT in float32, ours beside the peers'; only ours must be right.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that e
 
 from benchmarks import saved
 from benchmarks.cases import GPU_CASES, PACKED, Case
+from benchmarks.gpu_peers import error, exact, peers, versions
 from jax_sdpa import explain, scaled_dot_product_attention
 from jax_sdpa.attention.bias import KeyLengths, Packed, SegmentIds, causal, sliding_window
 from jax_sdpa.device import assume_device
@@ -78,83 +81,6 @@ def both_passes(case: Case, q: Any, k: Any, v: Any, more: Any, dout: Any) -> tup
 def cotangent(query: jax.Array) -> jax.Array:
     """Of the output; head dims are the same here."""
     return jax.random.normal(jax.random.key(9), query.shape, query.dtype)
-
-
-def _with_gradients(call: Callable[[], Any], operands: tuple[Any, ...], dout: Any) -> tuple[Any, ...]:
-    """What `both_passes` gives, by torch."""
-    import torch
-
-    out = call()
-    return out, *torch.autograd.grad(out, operands, dout)
-
-
-def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool, dout: Any = None) -> dict[str, Callable[[], Any]]:
-    """Those that can say the same, by name: torch's backends (EFFICIENT where no other can), and jax.nn's cuDNN if asked for."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q, k, v = (torch.from_dlpack(x).requires_grad_(dout is not None) for x in arrays)
-    cotangent = None if dout is None else torch.from_dlpack(dout)
-    mask = None
-    if isinstance(more, jax.Array):
-        mask = torch.from_dlpack(more)
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-    elif case.extra == "lengths":
-        mask = (torch.arange(case.query_len, device="cuda") < case.query_len - case.query_len // 8)[None, None, None, :].expand(
-            case.batch, 1, 1, case.query_len
-        )
-    elif case.extra in ("segments", "window", "packed"):
-        return {}
-    options = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": case.kv_heads != case.q_heads}
-    options["dropout_p"] = 0.1 if case.extra == "dropout" else 0.0
-    found: dict[str, Callable[[], Any]] = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-
-        def call(backend: Any = backend) -> Any:
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-
-        if backend is SDPBackend.EFFICIENT_ATTENTION and found:
-            continue
-        try:
-            call()
-        except RuntimeError:  # torch's answer where the backend cannot
-            continue
-        if dout is not None:
-            call = functools.partial(_with_gradients, call, (q, k, v), cotangent)
-        found["torch " + backend.name.removesuffix("_ATTENTION")] = call
-    if jax_nn and dout is None and more is None and not case.extra:
-        swapped = [jnp.swapaxes(x, 1, 2) for x in arrays]
-        run = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, implementation="cudnn"))
-        found["jax.nn cuDNN"] = lambda: run(*swapped)
-    return found
-
-
-def exact(case: Case, arrays: list[jax.Array], more: Any, dout: Any = None) -> Any:
-    """torch's EFFICIENT in float32, one batch entry, [out], with a cotangent [out, dq, dk, dv]; None where it cannot say it."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if case.extra in ("segments", "window", "lengths", "dropout", "packed"):
-        return None
-    leaves = tuple(torch.from_dlpack(x)[:1].float().requires_grad_(dout is not None) for x in arrays)
-    q, k, v = leaves
-    k, v = (x.repeat_interleave(case.q_heads // case.kv_heads, 1) for x in (k, v))
-    mask = None if more is None else torch.from_dlpack(more)[:1]
-    if mask is not None:
-        mask = (mask if mask.dtype == torch.bool else mask.float()).expand(1, case.q_heads, case.query_len, case.key_len)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=case.causal)  # noqa: E731
-        return [call()] if dout is None else _with_gradients(call, leaves, torch.from_dlpack(dout)[:1].float())
-
-
-def _error(results: Any, references: Any) -> float:
-    """The largest of the results' errors."""
-    import torch
-
-    results = results if isinstance(results, (tuple, list)) else [results]
-    results = [x if isinstance(x, torch.Tensor) else torch.from_dlpack(x) for x in results]
-    return max(float((x[:1].float() - exact).norm() / exact.norm()) for x, exact in zip(results, references, strict=True))
 
 
 def device_time(call: Callable[[], Any]) -> float:
@@ -233,7 +159,7 @@ def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> 
     row: dict[str, Any] = {"case": case.name, "gflop": flops / 1e9}
     row["backend"] = str(explain(*arrays, more, enable_gqa=True).backend.name)  # type: ignore[union-attr]
     if (reference := exact(case, arrays, more, dout)) is not None:
-        row["errors"] = {name: _error(calls[name](), reference) for name in ("ours", "torch CUDNN") if name in calls}
+        row["errors"] = {name: error(name, call(), reference) for name, call in calls.items()}
         if row["errors"]["ours"] > 2 * row["errors"].get("torch CUDNN", 5e-3):
             raise SystemExit(f"{case.name}: our error is {row['errors']}; nothing is timed that is not right.")
         del reference
@@ -274,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    machine = saved.machine(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version())
+    machine = saved.machine(
+        gpu=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), **versions()
+    )
     print(machine, "TFLOP/s of device time", flush=True)
     rows = []
     with concurrent.futures.ThreadPoolExecutor() as pool:

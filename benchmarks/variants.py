@@ -26,7 +26,8 @@ from jax import export
 from jax.experimental.pallas import mosaic_gpu  # noqa: F401 (the runtime that exported kernels call)
 
 from benchmarks.cases import GPU_CASES, Case
-from benchmarks.gpu import cotangent, device_time, operands, peers
+from benchmarks.gpu import cotangent, device_time, operands
+from benchmarks.gpu_peers import torch_backends
 from jax_sdpa import dropout
 from jax_sdpa.attention.bias import causal, sliding_window
 from pallas_kernels import backward_tuning, flash_attention, flash_backward, tuning
@@ -210,7 +211,7 @@ def time_all(directory: pathlib.Path, rounds: int) -> None:
         for name, one in calls.items():
             if not float(jnp.abs(one()[0].astype(jnp.float32) - first).max()) < 0.05:
                 raise SystemExit(f"{case.name}, {name}: not the numbers of the first variant.")
-        calls |= {name: peer for name, peer in peers(case, arrays, more, False).items() if name == "torch CUDNN"}
+        calls |= {name: peer for name, peer in torch_backends(case, arrays, more).items() if name == "torch CUDNN"}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, one in calls.items():

@@ -36,7 +36,6 @@ def backward_config(
     """
     wide = max(head_dim, value_head_dim)
     seen = key_len if seen is None else seen
-    several = seen <= 512 or (sloped and seen <= SHORT)
     dkv: WalkConfig | None = None
     fused: WalkConfig | None = None
     if wide <= 64:
@@ -51,7 +50,7 @@ def backward_config(
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
-        if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (6144 if sloped else 2048):
+        if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
@@ -68,16 +67,20 @@ def backward_config(
         dv = WalkConfig(masks_all=True)
     own = {"dkv": dkv, "dk": dk, "dv": dv, "fused": fused}
     own = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()} | {"dq": dq}
-    if several:
-        items = {"dq": heads * cdiv(query_len, dq.rows)}
-        items |= {
-            name: heads // group * one.split * cdiv(key_len, one.rows)
-            for name, one in own.items()
-            if one and name not in ("dq", "fused")
-        }
-        own |= {name: dataclasses.replace(own[name], row_tiles=cdiv(n, tuning.SMS)) for name, n in items.items()}
+    tiles = {name: cdiv(query_len if name == "dq" else key_len, one.rows) for name, one in own.items() if one}
+    for name, one in own.items():
+        if one is None or name == "fused":
+            continue
+        items = tiles[name] * (heads if name == "dq" else heads // group * one.split)
+        short = SHORT if name == "dq" or wide <= 64 else SHORT // 2
+        if seen <= 512 or (sloped and seen <= short and items >= MANY):
+            own[name] = dataclasses.replace(one, row_tiles=cdiv(items, tuning.SMS))
     dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "biased": biased, "bias_bytes": bias_bytes}
     found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
+    for name, one in found.items():
+        if one is not None and sloped and one.row_tiles == 1:
+            read = 2 * (head_dim + value_head_dim) * (key_len // group if name == "dq" else query_len)
+            found[name] = dataclasses.replace(one, together=tuning.side_by_side(tiles[name], read))
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
 
@@ -85,7 +88,11 @@ FUSED: dict[str, Any] = {"plain": True, "registers": (216, 72)}
 """Of the fused kernel: 216 registers let nothing be in flight under ds (C7512), 72 hold a piece of dq; more than 504 hang."""
 
 SHORT = 3072
-"""Keys that a row sees on average under a causal mask of length 4096, and some."""
+"""Keys that a row sees on average under a causal mask of length 4096, and some. Several row tiles / single ones side by side, H200:
+D128 L4096 dq 573 / 598 us, dkv 808 / 785; L2048 dkv 437 / 441; D256 L4096 dkv 830 / 817; D64 L2048 dkv 573 / 637."""
+
+MANY = 12 * tuning.SMS
+"""Items whose shares come out even; of fewer, single ones are more even: 28 heads on 4, L 4096, dq 282 / 257 us, dkv 409 / 353."""
 
 PROGRAMS = 3 * tuning.SMS
 """Fewer of them leave SMs idle under a causal mask, where the heaviest is twice the average one."""

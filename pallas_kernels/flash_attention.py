@@ -93,8 +93,8 @@ def forward(
         bias = dense.padded(bias)
     if config is None:
         config = tuning.forward_config(
-            heads=B * Hq, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
-            seen=average, tiled=keep is not None and dense.kind(keep) == "tile", drops=drops, bias_bytes=bias_bytes,
+            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked,
+            sloped=sloped, seen=average, tiled=keep is not None and dense.kind(keep) == "tile", drops=drops, bias_bytes=bias_bytes,
         )  # fmt: skip
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,

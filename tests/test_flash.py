@@ -1,6 +1,7 @@
 """FLASH_ATTENTION behind the public functions: the suite's cases through the kernel, interpreted here and compiled on a GPU."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -464,6 +465,38 @@ def test_row_tiles_leave_no_sm_idle():
     assert row_tiles(8, 16, 2048, 128, masked=True, sloped=True) == row_tiles(1, 16, 16384, 128) == 16
     assert row_tiles(1, 1, 128, 128) == 1
     assert row_tiles(32, 8, 512, 256) == 8
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 100])
+@pytest.mark.parametrize(("batch", "heads", "row_tiles"), [(1, 1, 1), (1, 3, 4), (2, 7, 3)])
+@pytest.mark.parametrize("per_program", [1, 3])
+def test_every_item_is_some_programs_and_heads_side_by_side_take_turns(batch, heads, row_tiles, per_program, together):
+    from pallas_kernels.visits import Items
+
+    items = Items(batch, heads, row_tiles, per_program, together)
+    of = jax.jit(lambda p: [items.at(p, n) for n in range(items.most)])
+    counts = [int(items.count(jnp.int32(p))) for p in range(items.programs)]
+    found = [tuple(map(int, item)) for p, n in enumerate(counts) for item in of(jnp.int32(p))[:n]]
+    assert sorted(found) == list(itertools.product(range(batch), range(heads), range(row_tiles)))
+    if per_program == 1:  # heaviest first in each block of heads, and the last block holds what no block of its own could
+        blocks = max(1, batch * heads // together)
+        sizes = [together * row_tiles] * (blocks - 1)
+        ends = [0, *itertools.accumulate(sizes), len(found)]
+        for start, end in itertools.pairwise(ends):
+            tiles = [r for _, _, r in found[start:end]]
+            assert tiles == sorted(tiles, reverse=True)
+
+
+def test_heads_side_by_side_are_enough_for_all_sms_and_few_enough_for_the_cache():
+    from pallas_kernels.tuning import forward_config, side_by_side
+
+    assert side_by_side(32, 2 << 20) == 8  # two rounds of programs: 4096 rows or keys in tiles of 128, D128
+    assert side_by_side(64, 4 << 20) == 4
+    assert side_by_side(64, 16 << 20) == 2  # one round, which runs at one time anyway
+    assert side_by_side(256, 1 << 20) == side_by_side(10**4, 1 << 30) == 1
+    qwen = {"heads": 28, "group": 7, "head_dim": 128, "value_head_dim": 128, "masked": True, "sloped": True}
+    assert forward_config(query_len=4096, key_len=4096, seen=2112, **qwen).together == 28
+    assert forward_config(query_len=4096, key_len=4096, **{**qwen, "sloped": False}).together == 1
 
 
 @needs_mosaic

@@ -179,6 +179,12 @@ CASES = {
     "bias, one number, and a dense mask": lambda: (
         masked_by(72, 200, keep := dense(2, 1, 72, 200), bias=np.float32([[[[-3e38]]]])), {"keep": keep}
     ),
+    "heads side by side, one left over, causal": lambda: (
+        make(264, 264, B=1, Hq=3, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": ForwardConfig(together=2)}
+    ),
+    "heads side by side, several row tiles": lambda: (
+        make(264, 72, B=1, Hq=3, E=64), {"config": ForwardConfig(row_tiles=2, queries=2, together=3)}
+    ),
     "dropout, causal": lambda: (
         make(64, 136, B=2, Hq=2, Hk=1, E=64, keep=band(64, 136, -1, 0, 72), survivors=dropped(jax.random.key(1), 2, 2, 64, 136, 0.3)),
         {"mask": causal(72), "key": jax.random.key(1), "p": 0.3},
