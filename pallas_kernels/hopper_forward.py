@@ -17,6 +17,7 @@ Who waits for what: the ring of K and V (`hopper_keys`) goes round and round ove
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -73,6 +74,8 @@ def forward(
         bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
         generator=generator, products=Wgmma(interpret is not None),
     )  # fmt: skip
+    if mask is not None and not (mask.is_prefix or recipe.listed):
+        recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
     bias_kind = recipe.bias_kind
     at = functools.partial(rows_of, shape.layout)
 

@@ -42,7 +42,7 @@ class Recipe:
 
     is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`). hides, own_hides: whether numbers
     hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
-    one tile.
+    one tile. cut_once: `visits.cut_once`.
     """
 
     shape: ForwardShape
@@ -57,6 +57,7 @@ class Recipe:
     products: Wgmma
     folded: bool = False
     own_hides: bool = False
+    cut_once: bool = False
 
     @property
     def drops(self) -> bool:
@@ -74,7 +75,7 @@ class Recipe:
     @property
     def cuts_first_only(self) -> bool:
         """Whether no tile but the first of a walk needs the mask."""
-        return self.is_prefix and self.keep_kind is None
+        return (self.is_prefix or self.cut_once) and self.keep_kind is None
 
     @property
     def leads(self) -> bool:

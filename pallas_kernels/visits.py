@@ -96,6 +96,24 @@ def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> Ran
     return RangeWalk(first, full_first, full_last, last)
 
 
+def cut_once(mask: Any, rows: int, block_q: int, L: int, S: int, block_k: int, leads: bool) -> bool:
+    """Whether only the first tile of a walk needs the mask, whichever `block_q` of the `rows` look at it, and that is known now.
+
+    leads: these pass by the tiles of which they see nothing (`hopper_scores.Rows.lead`). A causal mask whose offset is a multiple of
+    block_q is such a one.
+    """
+    if jax.tree.leaves(mask):
+        return False
+    for q_lo in range(0, L, rows):
+        walk = ranges(mask, q_lo, rows, L, S, block_k)
+        for base in range(q_lo, min(q_lo + rows, L), block_q):
+            own = ranges(mask, base, block_q, L, S, block_k)
+            begun = walk.last - 1 - (max(0, min(walk.last - own.last, walk.steps - 1)) if leads else 0)
+            if own.full_first > walk.first or own.full_last < begun:
+                return False
+    return True
+
+
 def table(mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
     """(B|1, row tiles, 4): `ranges` of every row tile, made by XLA; for masks whose ids a program cannot look through."""
 
