@@ -84,7 +84,8 @@ class ForwardConfig:
     tiles take turns, heaviest first. queries: row tiles whose
     queries are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
     registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup
-    waits for the last PV behind all of its softmax (else where the compiler likes it, early).
+    waits for the last PV behind all of its softmax (else where the compiler likes it, early). spread: the mask stands in the loop
+    over key tiles even where only the first one needs it.
     """
 
     block_q: int = 64
@@ -97,6 +98,7 @@ class ForwardConfig:
     queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
+    spread: bool = False
     q_registers: bool = False
 
     def __post_init__(self) -> None:

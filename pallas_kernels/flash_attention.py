@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dense, tuning
+from pallas_kernels import dense, tuning, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.visits import cdiv
 
@@ -48,6 +48,14 @@ def slope(mask: Any, L: int, S: int) -> tuple[bool, float]:
         return True, S / 2
     ranges = [mask.kv_range(start, min(start + 128, L), L, S) for start in range(0, L, max(128, L // 16))]
     return len(set(ranges)) > 1, sum(hi - lo for lo, hi in ranges) / len(ranges)
+
+
+def cut_once(mask: Any, L: int, S: int) -> bool:
+    """Whether there is a mask that only the first tile of a walk needs, by the tiles of `tuning.forward_config` at head dim 128."""
+    if mask is None:
+        return False
+    config = ForwardConfig()
+    return mask.is_prefix or visits.cut_once(mask, config.rows, config.block_q, L, S, config.block_k, leads=False)
 
 
 def hidden_by(mask: Any, keep: jax.Array, L: int, S: int) -> tuple[Any, jax.Array]:
@@ -93,8 +101,9 @@ def forward(
         bias = dense.padded(bias)
     if config is None:
         config = tuning.forward_config(
-            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked,
-            sloped=sloped, seen=average, tiled=keep is not None and dense.kind(keep) == "tile", drops=drops, bias_bytes=bias_bytes,
+            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
+            cut_once=keep is None and cut_once(mask, L, S), seen=average, drops=drops, bias_bytes=bias_bytes,
+            tiled=keep is not None and dense.kind(keep) == "tile",
         )  # fmt: skip
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,

@@ -74,7 +74,7 @@ def forward(
         bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
         generator=generator, products=Wgmma(interpret is not None),
     )  # fmt: skip
-    if mask is not None and not (mask.is_prefix or recipe.listed):
+    if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
     bias_kind = recipe.bias_kind
     at = functools.partial(rows_of, shape.layout)

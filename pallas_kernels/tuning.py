@@ -17,11 +17,13 @@ THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, group: int = 1, masked: bool = False,
-    sloped: bool = False, seen: float | None = None, tiled: bool = False, drops: bool = False, bias_bytes: int = 0,
+    sloped: bool = False, cut_once: bool = False, seen: float | None = None, tiled: bool = False, drops: bool = False,
+    bias_bytes: int = 0,
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; seen: of how many keys a row
+    masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of
+    which only a walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row
     tile visits the tiles, on average, all of them if not said; tiled: a dense mask as large as the scores; drops: dropout;
     bias_bytes: of an element of a bias as large as the scores, 0 without one.
 
@@ -34,7 +36,7 @@ def forward_config(
     if wide <= 64:
         config = _narrow(query_len, steps, masked, sloped, drops)
     elif wide <= 128:
-        config = ForwardConfig(q_registers=not sloped)  # 734 to 718 TFLOP/s; beside a slope's coordinates they spill
+        config = _middle(steps, sloped, cut_once, drops, bias_bytes)
     else:
         config = ForwardConfig(block_k=64)
     resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
@@ -104,22 +106,33 @@ def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, drops: boo
     for a length that is far from a multiple of them."""
     if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
         return ForwardConfig()
-    # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); 548 to 571 (L 16384)
-    return dataclasses.replace(THREE, stages=4 if sloped or steps <= 6 else 2)
+    # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); one item a program 515 to 544
+    return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2)
+
+
+def _middle(steps: float, sloped: bool, cut_once: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
+    """D128. Queries in registers: without a mask 734 TFLOP/s, else 718; beside a slope's coordinates in the loop they spill; with
+    dropout 520, else 529.
+
+    Where only the first tile of a walk is masked, both warpgroups come to wait for products, and to take exponentials, at one time
+    (NOTES.md, "Two gaits"), unless `pinned`: key lengths 703 to 648, causal L 4096 657 to 563. Without a mask, or with more in the
+    loop, they take turns by themselves, and pinned loses: dropout 472 to 520. Walks of two or three tiles are better masked in the
+    loop: causal L 512 388 to 370.
+    """
+    once = cut_once and steps > 3 and not drops and bias_bytes == 0
+    return ForwardConfig(q_registers=once or not (sloped or drops), pinned=once, spread=steps <= 3)
 
 
 def _most_row_tiles(seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool) -> int:
     """How many row tiles a program takes at most: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
-    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349. Not so where a static share is uneven (causal, 8192 keys on average: 429,
-    two at a time 515, one 477), where dropout's words spill (359 to 400), where tiles of a mask are better shared by neighbours in
-    time (D128: 568 to 587), and where there is no memory for a second tile's queries and many steps hide what lies between (D256,
-    L 2048: 720 to 734; causal, where row tiles differ, 631 to 556).
+    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; a dense mask, D128 603, two at a time 592, D256 644 and one 635. Not so
+    where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one 544), where dropout's words spill (359 to 400),
+    and where there is no memory for a second tile's queries and many steps hide what lies between (D256, L 2048: 720 to 734;
+    causal, where row tiles differ, 631 to 556).
     """
     if sloped and seen > 4096:
-        return 2 if wide <= 64 else 1
-    if tiled and 64 < wide <= 128:
-        return 2
-    if not sloped and ((drops and steps > 6 and wide != 128) or (wide > 128 and steps > 8)):
+        return 1
+    if not (sloped or tiled) and ((drops and steps > 6 and wide != 128) or (wide > 128 and steps > 8)):
         return 1
     return 2**31

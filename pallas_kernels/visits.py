@@ -99,8 +99,7 @@ def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> Ran
 def cut_once(mask: Any, rows: int, block_q: int, L: int, S: int, block_k: int, leads: bool) -> bool:
     """Whether only the first tile of a walk needs the mask, whichever `block_q` of the `rows` look at it, and that is known now.
 
-    leads: these pass by the tiles of which they see nothing (`hopper_scores.Rows.lead`). A causal mask whose offset is a multiple of
-    block_q is such a one.
+    leads: these pass by the tiles of which they see nothing (`hopper_scores.Rows.lead`). A causal mask of L = S is such a one.
     """
     if jax.tree.leaves(mask):
         return False

@@ -499,6 +499,35 @@ def test_heads_side_by_side_are_enough_for_all_sms_and_few_enough_for_the_cache(
     assert forward_config(query_len=4096, key_len=4096, **{**qwen, "sloped": False}).together == 1
 
 
+CUT = {
+    "causal": (causal(), 264, 264, 64, False, True),
+    "causal, three warpgroups": (causal(), 520, 520, 192, True, True),
+    "causal, longer keys": (causal(72), 128, 200, 128, False, False),
+    "causal, an offset of a tile": (causal(128), 256, 384, 128, False, True),
+    "window": (sliding_window(100, 0), 392, 392, 128, False, False),
+    "window longer than the call": (sliding_window(500, 0), 392, 392, 128, False, True),
+    "traced offsets": (causal(jnp.array([0])), 264, 264, 128, False, False),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_which_masks_cut_the_first_tile_of_a_walk_alone(name):
+    """Against the mask itself: no other tile that a warpgroup's rows visit hides a key from one of them."""
+    from pallas_kernels.visits import cut_once, ranges
+
+    mask, L, S, rows, leads, expected = CUT[name]
+    mask = mask.with_batch((1,))
+    assert cut_once(mask, rows, 64, L, S, 128, leads) is expected
+    if not expected:
+        return
+    for q_lo in range(0, L, rows):
+        walk = ranges(mask, q_lo, rows, L, S, 128)
+        for base in range(q_lo, min(q_lo + rows, L), 64):
+            kept = np.asarray(mask.keep(jnp.arange(base, min(base + 64, L))[:, None], jnp.arange(S)[None, :]))
+            last = kept.any(0).nonzero()[0].max() // 128 if leads else walk.last - 1
+            assert kept[:, walk.first * 128 : last * 128].all()
+
+
 @needs_mosaic
 def test_one_artefact_for_cpu_and_cuda_holds_the_kernel_and_runs_here():
     from jax import export

@@ -179,6 +179,16 @@ CASES = {
     "bias, one number, and a dense mask": lambda: (
         masked_by(72, 200, keep := dense(2, 1, 72, 200), bias=np.float32([[[[-3e38]]]])), {"keep": keep}
     ),
+    "causal, the mask in the loop": lambda: (
+        make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": ForwardConfig(spread=True)}
+    ),
+    "causal, queries in registers, pinned": lambda: (
+        make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": ForwardConfig(q_registers=True, pinned=True)}
+    ),
+    "dropout, causal, three warpgroups": lambda: (
+        make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0), survivors=dropped(jax.random.key(1), 1, 1, 264, 264, 0.3)),
+        {"mask": causal(), "key": jax.random.key(1), "p": 0.3, "config": THREE},
+    ),
     "heads side by side, one left over, causal": lambda: (
         make(264, 264, B=1, Hq=3, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": ForwardConfig(together=2)}
     ),
