@@ -34,7 +34,7 @@ def forward_config(
     seen = key_len if seen is None else seen
     steps = seen / (64 if wide > 128 else 128)
     if wide <= 64:
-        config = _narrow(query_len, steps, masked, sloped, drops)
+        config = _narrow(query_len, steps, masked, sloped, cut_once, drops)
     elif wide <= 128:
         config = _middle(steps, sloped, cut_once, drops, bias_bytes)
     else:
@@ -101,11 +101,11 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
 
 
-def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, drops: bool) -> ForwardConfig:
+def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool) -> ForwardConfig:
     """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows are too many
     for a length that is far from a multiple of them."""
     if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
-        return ForwardConfig()
+        return ForwardConfig(pinned=sloped and cut_once and drops)  # causal dropout 322 TFLOP/s, not pinned 301, three 292
     # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); one item a program 515 to 544
     return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2)
 
