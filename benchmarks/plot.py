@@ -7,7 +7,7 @@ import pathlib
 import sys
 from typing import Any
 
-PEERS = {"ours": "#1f6f8b", "torch CUDNN": "#e0a458", "torch FLASH": "#c9c9c9"}
+PEERS = {"ours": "#1f6f8b", "torch CUDNN": "#e0a458", "tokamax": "#9bb8a3", "FA4": "#7d6b91", "torch FLASH": "#c9c9c9"}
 
 
 def draw(measured: dict[str, Any], path: pathlib.Path) -> None:
@@ -23,13 +23,13 @@ def draw(measured: dict[str, Any], path: pathlib.Path) -> None:
     for panel, dim in zip(panels[0], dims, strict=True):
         own = [row for row in rows if f" {dim} " in row["case"] and "L4096" not in row["case"]]
         for n, (peer, colour) in enumerate(PEERS.items()):
-            places = [place + 0.27 * (n - 1) for place in range(len(own))]
-            panel.bar(places, [row["tflops"].get(peer, 0) for row in own], 0.25, label=peer, color=colour)
+            places = [place + 0.17 * (n - (len(PEERS) - 1) / 2) for place in range(len(own))]
+            panel.bar(places, [row["tflops"].get(peer, 0) for row in own], 0.16, label=peer, color=colour)
         panel.set_xticks(range(len(own)), [" ".join(row["case"].split()[2::2]) for row in own], rotation=35, ha="right", fontsize=8)
         panel.set_title(dim)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("TFLOP/s of device time")
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    panels[0][0].legend(frameon=False, fontsize=8, ncols=2)  # D64 leaves room above its bars
     machine = measured["machine"]
     figure.suptitle(f"{machine['gpu']}, bfloat16, {machine['date']}, jax {machine['jax']}, torch {machine['torch']}", fontsize=9)
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 and 26 (NOTES.md, "Hopper backward").
+"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 to 27 (NOTES.md, "Hopper backward").
 
 Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them, and
 rows differ or are short. One / all of them, microseconds on an H100: D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 /
@@ -7,8 +7,9 @@ L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 4
 
 The fused kernel adds to dq in any order, so it is chosen only where it was about 10 % faster than the pair, or more; beside a
 softcap, whose slopes wait in registers too, it has not been timed. Pair / fused, TFLOP/s of the backward alone on an H200,
-2026-11-27: D128 L16384 564 / 658, causal 535 / 616; L4096 550 / 634, causal 492 / 513; L2048 520 / 578, causal 452 / 434; 28 heads
-on 4, causal, L32768 493 / 540, L4096 429 / 422. D64 L16384 409 / 525, causal 396 / 526; L2048 366 / 464, causal 339 / 392.
+2026-11-27: D128 L16384 564 / 658, causal 537 / 623; 32 heads on 8, causal, L8192 529 / 602; L4096 550 / 634, causal 504 / 550; L2048
+520 / 578, causal 460 / 466; 28 heads on 4, causal, L32768 493 / 567, L4096 489 / 514. D64 L16384 409 / 525, causal 396 / 526; L2048
+366 / 464, causal 339 / 397.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which configuration a forward call gets. Measured on an H200, 2026-11-24 and 25, jax 0.11.2 (NOTES.md, "Hopper forward")."""
+"""Which configuration a forward call gets. Measured on an H200, 2026-11-24 to 27, jax 0.11.2 (NOTES.md, "Hopper forward")."""
 
 from __future__ import annotations
 
