@@ -7,9 +7,9 @@ L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 4
 
 The fused kernel adds to dq in any order, so it is chosen only where it was about 10 % faster than the pair, or more; beside a
 softcap, whose slopes wait in registers too, it has not been timed. Pair / fused, TFLOP/s of the backward alone on an H200,
-2026-11-27: D128 L16384 564 / 658, causal 537 / 623; 32 heads on 8, causal, L8192 529 / 602; L4096 550 / 634, causal 504 / 550; L2048
-520 / 578, causal 460 / 466; 28 heads on 4, causal, L32768 493 / 567, L4096 489 / 514. D64 L16384 409 / 525, causal 396 / 526; L2048
-366 / 464, causal 339 / 397.
+2026-11-27: D128 L16384 564 / 658, causal 537 / 623; 32 heads on 8, causal, L8192 529 / 602; L4096 550 / 634, causal 504 / 550;
+L2048 520 / 578, causal 460 / 466; 28 heads on 4, causal, L32768 493 / 567, L4096 489 / 514. D64 L16384 409 / 525, causal 396 /
+526; L2048 366 / 464, causal 339 / 397.
 """
 
 from __future__ import annotations
