@@ -43,8 +43,8 @@ def peers(case: Case, arrays: list[jax.Array], more: Any, jax_nn: bool, dout: ja
         run = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, implementation="cudnn"))
         found["jax.nn cuDNN"] = functools.partial(run, *native)
     for name in versions():
-        call = {"tokamax": _tokamax, "FA4": _fa4}[name](case, native, more)
-        if call is not None and _runs(case, name, call):
+        call = _that_runs(case, name, functools.partial({"tokamax": _tokamax, "FA4": _fa4}[name], case, native, more))
+        if call is not None:
             found[name] = call
     return found
 
@@ -131,14 +131,16 @@ def _fa4(case: Case, native: list[jax.Array], more: Any) -> Callable[[], Any] | 
     return functools.partial(_with_gradients, call, operands, *dout) if dout else call
 
 
-def _runs(case: Case, name: str, call: Callable[[], Any]) -> bool:
-    """Or it says why not, each package by exceptions of its own."""
+def _that_runs(case: Case, name: str, make: Callable[[], Callable[[], Any] | None]) -> Callable[[], Any] | None:
+    """What `make` makes, if it runs; else the package says why not, by exceptions of its own. None where nobody asked it."""
     try:
-        jax.block_until_ready(call())
+        call = make()
+        if call is not None:
+            jax.block_until_ready(call())
+        return call
     except Exception as refusal:
         print(f"{case.name}: {name} is left out: {type(refusal).__name__}: {' '.join(str(refusal).split())[:300]}", flush=True)
-        return False
-    return True
+        return None
 
 
 def _with_gradients(call: Callable[[], Any], operands: tuple[Any, ...], dout: Any) -> tuple[Any, ...]:
@@ -154,12 +156,16 @@ def exact(case: Case, arrays: list[jax.Array], more: Any, dout: jax.Array | None
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if case.extra in ("segments", "window", "lengths", "dropout", "packed"):
+    if case.extra in ("segments", "window", "dropout", "packed"):
         return None
     leaves = tuple(torch.from_dlpack(x)[:1].float().requires_grad_(dout is not None) for x in arrays)
     q, k, v = leaves
     k, v = (x.repeat_interleave(case.q_heads // case.kv_heads, 1) for x in (k, v))
-    mask = None if more is None else torch.from_dlpack(more)[:1]
+    mask = None
+    if case.extra == "lengths":
+        mask = (torch.arange(case.key_len, device="cuda") < int(more.lengths[0]))[None, None, None]
+    elif more is not None:
+        mask = torch.from_dlpack(more)[:1]
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask.float()).expand(1, case.q_heads, case.query_len, case.key_len)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
@@ -174,4 +180,4 @@ def error(name: str, results: Any, references: Any) -> float:
     results = results if isinstance(results, (tuple, list)) else [results]
     results = [x if isinstance(x, torch.Tensor) else torch.from_dlpack(x) for x in results]
     results = [x.transpose(1, 2) for x in results] if name in BLHE else results
-    return max(float((x[:1].float() - exact).norm() / exact.norm()) for x, exact in zip(results, references, strict=True))
+    return max(float((x[:1].float() - wanted).norm() / wanted.norm()) for x, wanted in zip(results, references, strict=True))

@@ -38,9 +38,12 @@ from pallas_kernels.visits import cdiv
 def variants(case: Case) -> dict[str, ForwardConfig | None]:
     """By name; None is what `tuning` chooses."""
     found: dict[str, ForwardConfig | None] = {"tuned": None}
+    plain = case.causal and not case.extra
+    middle = {"q_registers": plain or not (case.causal or case.extra == "dropout"), "pinned": plain or case.extra == "lengths"}
     three = {"warpgroups": 3, "registers": (160, 32), "pinned": True}
     bases: dict[int, dict[str, dict[str, Any]]] = {
-        64: {"": three, "4 stages, ": {**three, "stages": 4}, "two, ": {}}, 128: {"": {}}, 256: {"": {"block_k": 64}},
+        64: {"": three, "4 stages, ": {**three, "stages": 4}, "two, ": {}}, 128: {"": middle},
+        **{dim: {"": {"block_k": 64}} for dim in (192, 256)},
     }  # fmt: skip
     bias_bytes = {"bias16": 2, "bias32": 4}.get(case.extra[:6], 0)
     for name, base in bases[case.head_dim].items():
@@ -48,7 +51,9 @@ def variants(case: Case) -> dict[str, ForwardConfig | None]:
         resident = cdiv(case.batch * case.q_heads * cdiv(case.query_len, rows), tuning.SMS)  # one program an SM
         for n in sorted({1, 2, resident}):
             for queries in (2, 1):
-                config = ForwardConfig(**base, row_tiles=n, queries=queries)
+                read = 4 * case.key_len * case.head_dim * case.kv_heads // case.q_heads
+                together = tuning.side_by_side(cdiv(case.query_len, rows), read) if case.causal and n == 1 else 1
+                config = ForwardConfig(**base, row_tiles=n, queries=queries, together=together)
                 fits = tuning.shared_bytes(config, case.head_dim, case.head_dim, bias_bytes) <= tuning.SHARED_MEMORY
                 if fits and f"{name}{n}" not in found and (queries == 1 or n > 1):
                     found[f"{name}{n}"] = config
@@ -90,13 +95,17 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
         dims = {"head_dim": case.head_dim, "value_head_dim": case.head_dim, "drops": case.extra == "dropout"}
         return dataclasses.replace(base, **{name: backward_tuning.fitted(name, one, **dims) for name, one in own.items()})
 
-    def several(own: WalkConfig, heads: int, length: int) -> dict[str, WalkConfig]:
-        """With 1, 2 and as many row tiles as an SM gets."""
+    def several(own: WalkConfig, heads: int, length: int, of_heads: int = 1) -> dict[str, WalkConfig]:
+        """With 1, 2 and as many row tiles as an SM gets; of_heads: query heads that read the same."""
         resident = cdiv(heads * own.split * cdiv(length, own.rows), tuning.SMS)
-        return {f"{n} row tiles": dataclasses.replace(own, row_tiles=n) for n in sorted({1, min(2, resident), resident})}
+        side = tuning.side_by_side(cdiv(length, own.rows), 4 * length * case.head_dim // of_heads) if case.causal else 1
+        return {
+            f"{n} row tiles": dataclasses.replace(own, row_tiles=n, together=side if n == 1 else 1)
+            for n in sorted({1, min(2, resident), resident})
+        }
 
-    heads = case.batch * case.kv_heads
-    found |= {f"dq {name}": of(dq=own) for name, own in several(base.dq, case.batch * case.q_heads, case.query_len).items()}
+    heads, group = case.batch * case.kv_heads, case.q_heads // case.kv_heads
+    found |= {f"dq {name}": of(dq=own) for name, own in several(base.dq, heads * group, case.query_len, group).items()}
     for part, one in {"dkv": base.dkv, "dk": base.dk, "dv": base.dv}.items():
         if one is not None and (part == "dkv") == (base.dkv is not None):
             found |= {f"{part} {name}": of(**{part: own}) for name, own in several(one, heads, case.key_len).items()}
@@ -105,6 +114,7 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
             found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:
         own = WalkConfig(**backward_tuning.FUSED, split=base.dkv.split if base.dkv else 1)
+        own = several(own, heads, case.key_len)["1 row tiles"]
         for stages in (2, 3):
             for name, half in {"": False, ", half p": True}.items():
                 found[f"fused, {stages} stages{name}"] = of(fused=dataclasses.replace(own, stages=stages, half=half))

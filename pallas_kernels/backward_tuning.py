@@ -1,9 +1,10 @@
 """Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 to 27 (NOTES.md, "Hopper backward").
 
-Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them, and
-rows differ or are short. One / all of them, microseconds on an H100: D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 /
-167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233;
-L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 / 200, causal L2048 493 / 449.
+Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them,
+and rows differ or are short; else one, heads side by side (`tuning.side_by_side`). One / all of them, microseconds on an H100:
+D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 / 167; causal L2048 364 / 325, 487 / 451; causal L4096 (28 heads on
+4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233; L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 /
+200, causal L2048 493 / 449.
 
 The fused kernel adds to dq in any order, so it is chosen only where it was about 10 % faster than the pair, or more; beside a
 softcap, whose slopes wait in registers too, it has not been timed. Pair / fused, TFLOP/s of the backward alone on an H200,
@@ -52,6 +53,7 @@ def backward_config(
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
         dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
+            # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 529; L 4096 550 for 504
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
@@ -80,7 +82,7 @@ def backward_config(
     found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
     for name, one in found.items():
         if one is not None and sloped and one.row_tiles == 1:
-            read = 2 * (head_dim + value_head_dim) * (key_len // group if name == "dq" else query_len)
+            read = 2 * (head_dim + value_head_dim) * (-(-key_len // group) if name == "dq" else query_len)
             found[name] = dataclasses.replace(one, together=tuning.side_by_side(tiles[name], read))
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
@@ -89,8 +91,9 @@ FUSED: dict[str, Any] = {"plain": True, "registers": (216, 72)}
 """Of the fused kernel: 216 registers let nothing be in flight under ds (C7512), 72 hold a piece of dq; more than 504 hang."""
 
 SHORT = 3072
-"""Keys that a row sees on average under a causal mask of length 4096, and some. Several row tiles / single ones side by side, H200:
-D128 L4096 dq 573 / 598 us, dkv 808 / 785; L2048 dkv 437 / 441; D256 L4096 dkv 830 / 817; D64 L2048 dkv 573 / 637."""
+"""Keys that a row sees on average under a causal mask of length 4096, and some; half of it for dk and dv beyond D64. Several
+row tiles / single ones side by side, H200: D128 L4096 dq 573 / 598 us, dkv 808 / 785; L2048 dkv 437 / 441; D256 L4096 dkv 830 /
+817; D64 L2048 dkv 573 / 637."""
 
 MANY = 12 * tuning.SMS
 """Items whose shares come out even; of fewer, single ones are more even: 28 heads on 4, L 4096, dq 282 / 257 us, dkv 409 / 353."""

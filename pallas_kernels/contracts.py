@@ -18,7 +18,10 @@ SCALES_OF_PAGE = 32
 
 
 class Mask(Protocol):
-    """Which keys a query may see, as integer arithmetic on positions that runs inside a kernel."""
+    """Which keys a query may see, as integer arithmetic on positions that runs inside a kernel.
+
+    Without arrays its ranges of ints are ints: what they say is known while tracing (`visits.cut_once`).
+    """
 
     @property
     def is_prefix(self) -> bool:
@@ -84,8 +87,8 @@ class ForwardConfig:
     tiles take turns, heaviest first. queries: row tiles whose
     queries are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
     registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup
-    waits for the last PV behind all of its softmax (else where the compiler likes it, early). spread: the mask stands in the loop
-    over key tiles even where only the first one needs it.
+    waits for the last PV behind all of its softmax (else where the compiler likes it, early). spread: a mask that is no
+    prefix stands in the loop over key tiles even where only the first one needs it.
     """
 
     block_q: int = 64

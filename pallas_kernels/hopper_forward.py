@@ -4,9 +4,10 @@ Algorithm: Dao, arXiv:2307.08691, algorithm 1 (rows own their softmax, keys stre
 3.1 and 3.2 (a loading warpgroup feeds computing ones; the next QK and the last PV are in flight under the softmax).
 
 Grid: programs, each with a few items one after another (`visits.Items`: batch entry, query head, row tile). An item is
-`warpgroups` x 64 query rows of one head, which walk the key tiles that the mask leaves (`visits`), in one loop; a branch in it
-masks the tiles that the mask cuts (two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises
-every wgmma, C7513, NOTES.md).
+`warpgroups` x 64 query rows of one head, which walk the key tiles that the mask leaves (`visits`), the first one before a loop
+over the others. Where a mask cuts only that one (`Recipe.cuts_first_only`), the loop knows no mask; else a branch in it masks
+the tiles that are cut (two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises every wgmma,
+C7513, NOTES.md).
 
 Who waits for what: the ring of K and V (`hopper_keys`) goes round and round over all items, and beside it
 

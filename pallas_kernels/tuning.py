@@ -57,15 +57,16 @@ IN_CACHE = 1 << 24
 
 
 def side_by_side(row_tiles: int, read: int) -> int:
-    """How many heads of so many row tiles, which read so many bytes each, take turns where row tiles differ and a program has one.
+    """How many heads of so many row tiles, which read so many bytes each at one time, take turns where row tiles differ.
 
-    Programs start in their order, each where an SM has become free, so the last ones should be light ones: FlashAttention-4's
-    longest-first schedule. There should be two rounds of programs to choose from; heads that run at one time anyway cost nothing.
-    H200, 2026-11-27, causal, fused backward at D128, one head after the other / so: B4 L4096 513 / 550 TFLOP/s, 32 heads on 8 at
-    L8192 500 / 600, 28 heads on 4 at L4096 428 / 514; with 64 heads side by side at L4096 421, since they do not fit the cache.
+    Programs of one row tile each start in their order, each where an SM has become free, so the last ones should be light
+    ones: FlashAttention-4's longest-first schedule. There should be two rounds of programs to choose from; heads that run
+    at one time anyway cost nothing. H200, 2026-11-27, causal, fused backward at D128, one head after the other / so: B4
+    L4096 513 / 550 TFLOP/s, 32 heads on 8 at L8192 500 / 600, 28 heads on 4 at L4096 428 / 514; with 64 heads side by side
+    at L4096 421, since they do not fit the cache. Heads that are left over join the last ones.
     """
     least, most = max(1, SMS // row_tiles), max(1, 2 * SMS // row_tiles)
-    return max(least, min(most, IN_CACHE // read))
+    return max(least, min(most, IN_CACHE // max(1, read)))
 
 
 def fitted(config: Any, less: Sequence[dict[str, Any]], needs: Callable[[Any], int]) -> Any:
@@ -117,7 +118,7 @@ def _middle(steps: float, sloped: bool, cut_once: bool, drops: bool, bias_bytes:
     Where only the first tile of a walk is masked, both warpgroups come to wait for products, and to take exponentials, at one time
     (NOTES.md, "Two gaits"), unless `pinned`: key lengths 703 to 648, causal L 4096 657 to 563. Without a mask, or with more in the
     loop, they take turns by themselves, and pinned loses: dropout 472 to 520. Walks of two or three tiles are better masked in the
-    loop: causal L 512 388 to 370.
+    loop: causal L 512 388 to 370. All on an H200, 2026-11-24 to 27.
     """
     once = cut_once and steps > 3 and not drops and bias_bytes == 0
     return ForwardConfig(q_registers=once or not (sloped or drops), pinned=once, spread=steps <= 3)

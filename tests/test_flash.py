@@ -494,6 +494,7 @@ def test_heads_side_by_side_are_enough_for_all_sms_and_few_enough_for_the_cache(
     assert side_by_side(64, 4 << 20) == 4
     assert side_by_side(64, 16 << 20) == 2  # one round, which runs at one time anyway
     assert side_by_side(256, 1 << 20) == side_by_side(10**4, 1 << 30) == 1
+    assert side_by_side(1, 0) == 264
     qwen = {"heads": 28, "group": 7, "head_dim": 128, "value_head_dim": 128, "masked": True, "sloped": True}
     assert forward_config(query_len=4096, key_len=4096, seen=2112, **qwen).together == 28
     assert forward_config(query_len=4096, key_len=4096, **{**qwen, "sloped": False}).together == 1
@@ -506,6 +507,7 @@ CUT = {
     "causal, an offset of a tile": (causal(128), 256, 384, 128, False, True),
     "window": (sliding_window(100, 0), 392, 392, 128, False, False),
     "window longer than the call": (sliding_window(500, 0), 392, 392, 128, False, True),
+    "causal, in lengths": (causal() & QueryLengths(200), 264, 264, 128, False, False),
     "traced offsets": (causal(jnp.array([0])), 264, 264, 128, False, False),
 }
 
@@ -526,6 +528,18 @@ def test_which_masks_cut_the_first_tile_of_a_walk_alone(name):
             kept = np.asarray(mask.keep(jnp.arange(base, min(base + 64, L))[:, None], jnp.arange(S)[None, :]))
             last = kept.any(0).nonzero()[0].max() // 128 if leads else walk.last - 1
             assert kept[:, walk.first * 128 : last * 128].all()
+
+
+@needs_mosaic
+def test_fewer_keys_than_heads_of_a_group():
+    """What such heads read is less than a byte for each of them, by the tuning's count."""
+    from jax_sdpa.device import assume_device
+
+    q, k = jnp.zeros((1, 8, 200, 64), jnp.bfloat16), jnp.zeros((1, 1, 4, 64), jnp.bfloat16)
+    grad = jax.grad(lambda q, k: scaled_dot_product_attention(q, k, k, sliding_window(2, 0), enable_gqa=True).sum(), (0, 1))
+    with assume_device("cuda:sm90"), sdpa_kernel(FLASH):
+        assert "mosaic_gpu" in jax.jit(grad).trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert explain(q, k, k, sliding_window(2, 0), enable_gqa=True, device="cuda:sm90").backend is FLASH
 
 
 @needs_mosaic
