@@ -38,14 +38,19 @@ from pallas_kernels.visits import cdiv
 def variants(case: Case) -> dict[str, ForwardConfig | None]:
     """By name; None is what `tuning` chooses."""
     found: dict[str, ForwardConfig | None] = {"tuned": None}
-    plain = case.causal and not case.extra
-    middle = {"q_registers": plain or not (case.causal or case.extra == "dropout"), "pinned": plain or case.extra == "lengths"}
+    _, more = jax.eval_shape(lambda: operands(case))
+    bias_bytes = {"bias16": 2, "bias32": 4}.get(case.extra[:6], 0)
+    tuned = flash_attention.chosen(
+        heads=case.batch * case.q_heads, group=case.q_heads // case.kv_heads, query_len=case.query_len, key_len=case.key_len,
+        head_dim=case.head_dim, value_head_dim=case.head_dim, mask=structured(case, more), bias_bytes=bias_bytes,
+        keep=more if case.extra.startswith("bool") else None, drops=case.extra == "dropout",
+    )  # fmt: skip
+    middle = {name: getattr(tuned, name) for name in ("q_registers", "pinned", "spread")}
     three = {"warpgroups": 3, "registers": (160, 32), "pinned": True}
     bases: dict[int, dict[str, dict[str, Any]]] = {
         64: {"": three, "4 stages, ": {**three, "stages": 4}, "two, ": {}}, 128: {"": middle},
         **{dim: {"": {"block_k": 64}} for dim in (192, 256)},
     }  # fmt: skip
-    bias_bytes = {"bias16": 2, "bias32": 4}.get(case.extra[:6], 0)
     for name, base in bases[case.head_dim].items():
         rows = ForwardConfig(**base).rows
         resident = cdiv(case.batch * case.q_heads * cdiv(case.query_len, rows), tuning.SMS)  # one program an SM
@@ -58,6 +63,14 @@ def variants(case: Case) -> dict[str, ForwardConfig | None]:
                 if fits and f"{name}{n}" not in found and (queries == 1 or n > 1):
                     found[f"{name}{n}"] = config
     return found
+
+
+def structured(case: Case, more: Any) -> Any:
+    """The mask that is no array, or None."""
+    mask = sliding_window(1023, 0) if case.extra == "window" else more if case.extra == "lengths" else None
+    if case.causal:
+        mask = causal() if mask is None else causal() & mask
+    return mask
 
 
 def drops(case: Case) -> dict[str, Any]:
@@ -75,9 +88,7 @@ def call(case: Case, config: ForwardConfig | None, q: Any, k: Any, v: Any, more:
     elif case.extra.startswith("bias"):
         options["bias"] = more
     options |= drops(case)
-    mask = sliding_window(1023, 0) if case.extra == "window" else more if case.extra == "lengths" else None
-    if case.causal:
-        mask = causal() if mask is None else causal() & mask
+    mask = structured(case, more)
     mask = None if mask is None else mask.with_batch((case.batch,))
     return flash_attention.forward(q, k, v, layout="BHLE", scale=case.head_dim**-0.5, mask=mask, config=config, **options)
 

@@ -82,7 +82,8 @@ def backward_config(
     found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
     for name, one in found.items():
         if one is not None and sloped and one.row_tiles == 1:
-            read = 2 * (head_dim + value_head_dim) * (-(-key_len // group) if name == "dq" else query_len)
+            row = 2 * (head_dim + value_head_dim)
+            read = row * key_len // group if name == "dq" else row * query_len
             found[name] = dataclasses.replace(one, together=tuning.side_by_side(tiles[name], read))
     return BackwardConfig(**found)  # type: ignore[arg-type]
 

@@ -83,12 +83,12 @@ class ForwardConfig:
 
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
-    program, one after another: K and V of the next one are on their way while the last one is finished. together: heads whose row
-    tiles take turns, heaviest first. queries: row tiles whose
-    queries are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
-    registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup
-    waits for the last PV behind all of its softmax (else where the compiler likes it, early). spread: a mask that is no
-    prefix stands in the loop over key tiles even where only the first one needs it.
+    program, one after another: K and V of the next one are on their way while the last one is finished. together: heads whose
+    row tiles take turns, heaviest first. queries: row tiles whose queries are in memory: with 2, the next one's arrive
+    meanwhile as well. q_registers: the queries of the current row tile are in registers, which spares shared memory a third of
+    a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup waits for the last PV behind all of its
+    softmax (else where the compiler likes it, early). spread: a mask that is no prefix stands in the loop over key tiles even
+    where only the first one needs it.
     """
 
     block_q: int = 64

@@ -58,6 +58,16 @@ def cut_once(mask: Any, L: int, S: int) -> bool:
     return mask.is_prefix or visits.cut_once(mask, config.rows, config.block_q, L, S, config.block_k, leads=False)
 
 
+def chosen(*, query_len: int, key_len: int, mask: Any, keep: Any, **facts: Any) -> ForwardConfig:
+    """`tuning`'s configuration of a call with these masks; facts: the others of `tuning.forward_config`."""
+    sloped, seen = slope(mask, query_len, key_len)
+    return tuning.forward_config(
+        query_len=query_len, key_len=key_len, masked=mask is not None or keep is not None, sloped=sloped, seen=seen,
+        tiled=keep is not None and dense.kind(keep) == "tile", cut_once=keep is None and cut_once(mask, query_len, key_len),
+        **facts,
+    )  # fmt: skip
+
+
 def hidden_by(mask: Any, keep: jax.Array, L: int, S: int) -> tuple[Any, jax.Array]:
     """(mask, keep) with the structured mask inside of the dense one where that makes it no larger: less is left to compute."""
     arrays = jax.tree.leaves(mask)
@@ -94,17 +104,17 @@ def forward(
     H, S, Ev = key.shape[heads_axis], key.shape[length_axis], value.shape[3]
     static_scale = scale if isinstance(scale, float) else None
     drops = dropout_p > 0 and generator.rounded(dropout_p) < 1
-    given, (sloped, average), masked = mask, slope(mask, L, S), mask is not None or keep is not None
+    bias_bytes = dense.tile_bytes(bias)
+    if config is None:
+        config = chosen(
+            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, keep=keep, drops=drops,
+            bias_bytes=bias_bytes,
+        )  # fmt: skip
+    given = mask
     if keep is not None:
         mask, keep = hidden_by(mask, keep, L, S)
-    if bias_bytes := dense.tile_bytes(bias):
+    if bias_bytes:
         bias = dense.padded(bias)
-    if config is None:
-        config = tuning.forward_config(
-            heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, masked=masked, sloped=sloped,
-            cut_once=keep is None and cut_once(mask, L, S), seen=average, drops=drops, bias_bytes=bias_bytes,
-            tiled=keep is not None and dense.kind(keep) == "tile",
-        )  # fmt: skip
     shape = ForwardShape(
         B, Hq, H, L, S, up(E, 16), up(Ev, 16), query.dtype, layout, static_scale, softcap, dropout_p if drops else 0.0,
         sinks is not None,

@@ -22,10 +22,10 @@ def forward_config(
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of
-    which only a walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row
-    tile visits the tiles, on average, all of them if not said; tiled: a dense mask as large as the scores; drops: dropout;
-    bias_bytes: of an element of a bias as large as the scores, 0 without one.
+    masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of which only a
+    walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row tile visits the tiles, on average, all of
+    them if not said; tiled: a dense mask as large as the scores; drops: dropout; bias_bytes: of an element of a bias as large
+    as the scores, 0 without one.
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16

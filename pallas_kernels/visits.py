@@ -192,7 +192,7 @@ class Items:
         side: Any = heads if blocks == 1 else self.together
         first: Any = 0
         if blocks > 1:
-            block = jnp.minimum(lax.div(x, np.int32(side * self.row_tiles)), np.int32(blocks - 1))
+            block = least(divided(x, side * self.row_tiles), blocks - 1)
             first, x = block * side, x - block * (side * self.row_tiles)
             if more := heads % side:
                 side = jnp.where(block == blocks - 1, np.int32(side + more), np.int32(side))
@@ -202,5 +202,5 @@ class Items:
 
 
 def _divmod(x: Any, by: Any) -> tuple[Any, Any]:
-    by = np.int32(by) if isinstance(by, int) else by
-    return lax.div(x, by), lax.rem(x, by)
+    quotient = divided(x, by)
+    return quotient, x - quotient * by
