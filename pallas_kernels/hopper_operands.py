@@ -69,11 +69,13 @@ def key_gradients(shape: ForwardShape, split: int, *dims: int) -> list[jax.Shape
 
 @dataclasses.dataclass(frozen=True)
 class BiasFacts:
-    """Of a bias in one orientation: `dense.kind`, its dtype, and how many rows and columns it has as the kernel gets it."""
+    """Of a bias in one orientation: `dense.kind`, its dtype, its last two sizes as the kernel gets it, and whether these are its
+    columns and rows: a tile is transposed on its way into registers then."""
 
     kind: str
     dtype: Any
     shape: tuple[int, int]
+    crossed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +104,11 @@ class Operands:
         rows, columns = shape.query_len, shape.key_len
         by_numbers = seen_keys is None and hidden_by_numbers(mask, rows, columns)
         own_seen, seen = (seen_keys, seen_queries) if transposed else (seen_queries, seen_keys)
+        crossed = transposed and dense.tile_bytes(bias) > 0  # a copy would be as large as the scores
         if transposed:
             mask = None if mask is None else mask.transposed()
-            keep, bias = (None if x is None else jnp.swapaxes(x, 2, 3) for x in (keep, bias))
+            keep = None if keep is None else jnp.swapaxes(keep, 2, 3)
+            bias = bias if bias is None or crossed else jnp.swapaxes(bias, 2, 3)
             rows, columns = columns, rows
         arrays, structure = jax.tree.flatten(mask)
         by_ids = has_ids(mask)
@@ -122,7 +126,7 @@ class Operands:
             kind = dense.kind(bias)
             bias = dense.padded(bias) if kind == "tile" else bias
             given["bias"] = dense.lay_out(bias, config.rows, config.block_k)
-            kind = BiasFacts(kind, bias.dtype, bias.shape[2:])
+            kind = BiasFacts(kind, bias.dtype, bias.shape[2:], crossed)
         if shape.dropout_p > 0:
             given["seeds"] = jnp.broadcast_to(seeds, (shape.batch, shape.q_heads, seeds.shape[-1]))
         if shape.scale is None:
@@ -147,6 +151,7 @@ class Operands:
         return Recipe(
             shape, config, self.mask, self.has_ids, is_prefix=False, hides=self.hides, bias_kind=kind,
             keep_kind=self.keep_kind, generator=self.generator, products=products, own_hides=self.own_hides,
+            bias_crossed=self.bias is not None and self.bias.crossed,
         )  # fmt: skip
 
     @property
@@ -168,8 +173,10 @@ class Operands:
         """The scratch of a ring of bias tiles."""
         if not self.brings_bias:
             return {}
+        assert self.bias is not None
+        rows, columns = (config.block_k, config.rows) if self.bias.crossed else (config.rows, config.block_k)
         return {
-            "bias_s": self.bias_tile((config.bias_stages, config.rows), config.block_k),
+            "bias_s": self.bias_tile((config.bias_stages, rows), columns),
             "bias_ready": plgpu.Barrier(num_barriers=config.bias_stages),
             "bias_free": plgpu.Barrier(num_arrivals=config.rows // config.block_q, num_barriers=config.bias_stages),
         }
@@ -201,7 +208,9 @@ class Operands:
             return
         now = slot(number, config.bias_stages)
         pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(refs.bias_free.at[now]))
-        where = pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)
+        where = [pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)]
+        if self.bias is not None and self.bias.crossed:
+            where.reverse()
         plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], refs.bias_s.at[now], refs.bias_ready.at[now])
 
     def bias_rings(self, refs: Refs, config: WalkConfig) -> list[tuple[Any, int]]:

@@ -42,7 +42,7 @@ class Recipe:
 
     is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`). hides, own_hides: whether numbers
     hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
-    one tile. cut_once: `visits.cut_once`.
+    one tile. cut_once: `visits.cut_once`. bias_crossed: tiles of a bias lie transposed in shared memory.
     """
 
     shape: ForwardShape
@@ -58,6 +58,7 @@ class Recipe:
     folded: bool = False
     own_hides: bool = False
     cut_once: bool = False
+    bias_crossed: bool = False
 
     @property
     def drops(self) -> bool:
@@ -273,7 +274,9 @@ class Rows:
             return self._by_column(refs.bias.at[lead], t)
         now, bq = lax.rem(number, np.int32(self.recipe.config.bias_stages)), self._tile[0]
         plgpu.barrier_wait(refs.bias_ready.at[now])
-        found = plgpu.load(refs.bias_s.at[now, pl.ds(self.wg * bq, bq)], layout=TILE)  # pyright: ignore[reportCallIssue]
+        own, tiles = pl.ds(self.wg * bq, bq), refs.bias_s
+        tile = tiles.at[now, :, own].transpose((1, 0)) if self.recipe.bias_crossed else tiles.at[now, own]
+        found = plgpu.load(tile, layout=TILE)  # pyright: ignore[reportCallIssue]
         # A plain load may still be on its way when its warpgroup arrives, and TMA does not wait for it: without this fence
         # rows of the next tile were read, once in 10**4 tiles at D256 (NOTES.md, "A load that TMA overtook").
         plgpu.commit_smem()

@@ -123,19 +123,20 @@ drop = dict(seeds=dropout.seeds(jax.random.key(0), B, H), dropout_p=0.1, generat
 drop |= dict(deterministic="fused" not in kind)
 
 def call(q, k, v, dout, lse, delta, bias):
-    more = dict(bias=bias, row_sum=lse, wants=("query", "bias")) if kind == "bias, dq" else drop
+    more = dict(bias=bias, row_sum=lse, wants=("query", "bias") if kind == "bias, dq" else ("key", "value")) if "bias" in kind else drop
     if "roles" in kind:
         dq = WalkConfig(masks_all=True, brief=1, early=True, half=True)
         more = dict(drop, config=BackwardConfig(dq, WalkConfig(roles=True, plain=True, half=True), dq, dq))
     return flash_backward.backward(q, k, v, dout, lse, delta, layout="BHLE", scale=E**-0.5, mask=mask, **more)
 
-program = jax.jit(call).lower(x, x, x, x, row, row, array(B, H, L, L) if kind == "bias, dq" else array(1)).compile()
+program = jax.jit(call).lower(x, x, x, x, row, row, array(B, H, L, L, dtype="float32" if "32" in kind else x.dtype) if "bias" in kind else array(1)).compile()
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
 """
 
 BACKWARD_SPILLS = {  # bytes of spill stores, the larger one of the kernels' and of two assemblers': jax 0.11.2's, jax 0.12.0.1's
     (64, "causal"): max(140, 208), (128, "causal"): 96, (128, "causal dropout"): max(132, 140),
-    (128, "dropout"): max(32, 40),
+    (128, "dropout"): max(32, 40), (128, "bias, dkv"): max(24, 28), (128, "bias32, dkv"): max(24, 28),
+    (256, "bias32, dkv"): max(336, 352),
     (128, "fused, causal"): 96,
     (192, "causal"): max(4, 56), (256, "full"): max(356, 360), (256, "causal"): max(396, 412),
     (256, "roles, causal"): max(44, 72),
@@ -146,7 +147,8 @@ BACKWARD_SPILLS = {  # bytes of spill stores, the larger one of the kernels' and
 @pytest.mark.parametrize(
     ("E", "kind"),
     [
-        *((E, kind) for E in (64, 128) for kind in ("full", "causal", "dropout", "causal dropout", "bias, dq")),
+        *((E, kind) for E in (64, 128) for kind in ("full", "causal", "dropout", "causal dropout", "bias, dq", "bias, dkv")),
+        *((E, "bias32, dkv") for E in (64, 128, 256)),
         *((E, kind) for E in (192, 256) for kind in ("full", "causal", "roles", "roles, causal")),
         *((64, kind) for kind in ("fused", "fused, causal", "fused, dropout", "fused, causal dropout")),
         *((128, kind) for kind in ("fused", "fused, causal")),
@@ -158,7 +160,7 @@ def test_no_serialised_products_backward_and_few_spills(E, kind, tmp_path):
     assert len(spills) >= 1, "ptxas said nothing of the kernels"
     assert max(spills) <= BACKWARD_SPILLS.get((E, kind), 0)
     assert not re.search(r"C751[0-8]", text), re.findall(r".*C75\d\d.*", text)
-    per_row = 3 if kind == "bias, dq" else 2 if "dropout" not in kind else 4  # lse and delta, a sum; the words of dropout
+    per_row = 3 if "bias" in kind else 2 if "dropout" not in kind else 4  # lse and delta, a sum; the words of dropout
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     sums = 4 * 8 * 16384 * E if "fused" in kind else 0  # dq's, float32
     assert temporaries <= 4 * per_row * 8 * 16384 + sums + 2**16, temporaries

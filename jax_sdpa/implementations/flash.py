@@ -92,10 +92,8 @@ class Flash(Implementation):
             step = "thirty-twos, of values beyond 128 in 128s" if eight_bits else "sixteens"
             notes.append(f"A padded copy is made of {', '.join(names)}: lengths are wanted in eights, head dims in {step}.")
         if request.pages is None and not (wrt and reasons):
-            if dense.tile_bytes(request.bias):
-                notes.append("Gradients of key and value copy the bias, transposed.")
-                if request.bias.shape[0] != request.batch and (not wrt or "bias" in wrt):
-                    notes.append("The gradient of a bias that batch entries share is made for one after the other, and added up.")
+            if dense.tile_bytes(request.bias) and request.bias.shape[0] != request.batch and (not wrt or "bias" in wrt):
+                notes.append("The gradient of a bias that batch entries share is made for one after the other, and added up.")
             if _adds_in_any_order(request, device) and (not wrt or set(flash_backward.WANTS) <= set(wrt)):
                 notes.append(
                     "Gradients of query, key and value together add up the query's in any order, so its last bits vary from run to "
