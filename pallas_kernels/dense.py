@@ -2,24 +2,31 @@
 
 A dim of size 1 stays 1. By the dims that are left, an operand is one of four kinds, and only one is as large as the scores:
 
-    kind      mask, packed 32 keys to a word    bias
-    tile      (B|1, Hq|1, words of S, L)        (B|1, Hq|1, L, S), its own dtype, brought by TMA
-    row       (B|1, Hq|1, 1, L), all ones or 0  (B|1, Hq|1, L) float32
-    column    (B|1, Hq|1, words of S, 1)        (B|1, Hq|1, S) float32
-    scalar    (B|1, Hq|1, 1, 1)                 (B|1, Hq|1, 1) float32
+    kind      mask, packed                         bias
+    tile      (B|1, Hq|1, pieces of S, L, 4)       (B|1, Hq|1, L, S), its own dtype, brought by TMA
+    row       (B|1, Hq|1, 1, L, 1), all ones or 0  (B|1, Hq|1, L) float32
+    column    (B|1, Hq|1, pieces of S, 1, 4)       (B|1, Hq|1, S) float32
+    scalar    (B|1, Hq|1, 1, 1, 1)                 (B|1, Hq|1, 1) float32
+
+A mask is packed as the threads of a Hopper warpgroup want it. Of a row of an accumulator, thread t of four holds the columns
+8j + 2t and 8j + 2t + 1. So a row's piece of 128 keys is four words, one for each of them: bit 2j + e of word t is key
+8j + 2t + e. A tile whose keys are no multiple of 128 begins in the middle of a piece, or ends there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.visits import cdiv
+from pallas_kernels import visits
 
 WORD = 32  # keys to a word
+PIECE = 4 * WORD
+HALF = PIECE // 2  # tiles are multiples of it
 
 
 def kind(array: Any) -> str:
@@ -53,29 +60,67 @@ def bits(keep: jax.Array) -> jax.Array:
 
 
 def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
-    """A bool mask as int32 words, lengths filled up to whole tiles with what is masked; see the table above."""
+    """A bool mask as int32 words, lengths filled up to whole tiles and pieces with what is masked; see the table above."""
     _, _, L, S = keep.shape
     if L != 1:
-        keep = jnp.pad(keep, ((0, 0), (0, 0), (0, cdiv(L, rows) * rows - L), (0, 0)))
+        keep = jnp.pad(keep, ((0, 0), (0, 0), (0, visits.cdiv(L, rows) * rows - L), (0, 0)))
     if S == 1:
-        words = jnp.where(jnp.swapaxes(keep, 2, 3), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+        return jnp.where(keep[:, :, None], jnp.int32(-1), jnp.int32(0))
+    keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, visits.cdiv(visits.cdiv(S, block_k) * block_k, PIECE) * PIECE - S)))
+    words = bits(keep)  # of 32 keys: byte j, in it pair t; now byte t, in it pair j: a 4 x 4 matrix of pairs, turned
+    for apart, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):  # pairs (j, t + 1) and (j + 1, t); (j, t + 2) and (j + 2, t)
+        other = (words ^ (words >> apart)) & jnp.uint32(mask)
+        words = words ^ other ^ (other << apart)
+    octets = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:3], -1, PIECE // WORD, WORD // 8)
+    return lax.bitcast_convert_type(jnp.transpose(octets, (0, 1, 3, 2, 5, 4)), jnp.int32)
+
+
+def summary(words: jax.Array, row_tiles: int, key_tiles: int, block_k: int) -> tuple[jax.Array, jax.Array]:
+    """(some, every): whether a tile keeps some of its scores, and all; (B|1, Hq|1, row tiles|1, key tiles|1)."""
+    pieces, length, each = words.shape[2:]
+    if length != 1:  # a broadcast dim is the same for every tile
+        words = words.reshape(*words.shape[:3], row_tiles, length // row_tiles, each)
+        words = jnp.stack([jnp.bitwise_or.reduce(words, (4, 5)), jnp.bitwise_and.reduce(words, (4, 5))])
     else:
-        keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, cdiv(S, block_k) * block_k - S)))
-        words = jnp.swapaxes(bits(keep), 2, 3)
-    return lax.bitcast_convert_type(words, jnp.int32)
+        words = jnp.stack([jnp.bitwise_or.reduce(words, 4), jnp.bitwise_and.reduce(words, 4)])
+    some, every = jnp.moveaxis(words, 3, 4) != 0, jnp.moveaxis(words, 3, 4) == -1
+    if each == 1:
+        return some[0], every[1]
+    of = block_k // PIECE
+    if block_k % PIECE:
+        halves = jnp.stack([words << 16 >> 16, words >> 16], 4).reshape(*words.shape[:3], 2 * pieces, -1)
+        some, every = jnp.moveaxis(halves, 3, 4) != 0, jnp.moveaxis(halves, 3, 4) == -1
+        of = block_k // HALF
+    tiles = lambda x: x[..., : of * key_tiles].reshape(*x.shape[:-1], key_tiles, of)  # noqa: E731
+    return tiles(some[0]).any(-1), tiles(every[1]).all(-1)
 
 
-def unpack(words: list[Any], column: Any) -> Any:
-    """The bool tile of int32 words, each a tile itself (its rows' word in every column); column: 0, 1, … along the tile's rows.
+def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
+    """The list of a dense mask, packed (`pack`), and a structured one: its tiles without a kept key are left out."""
+    row_tiles, key_tiles = visits.cdiv(L, rows), visits.cdiv(S, block_k)
+    some, every = summary(words, row_tiles, key_tiles, block_k)
+    found = visits.table(mask, rows, L, S, block_k)[:, None]  # (B|1, 1, row tiles, 4)
+    first, full_first, full_last, last = (found[..., n, None] for n in range(4))
+    at = jnp.arange(key_tiles, dtype=jnp.int32)
+    visited = some & (at >= first) & (at < last)  # (B|1, Hq|1, row tiles, key tiles)
+    full = every & (at >= full_first) & (at < full_last)
+    order = jnp.argsort(jnp.where(visited, key_tiles - 1 - at, key_tiles), axis=-1, stable=True).astype(jnp.int32)
+    count = jnp.maximum(visited.sum(-1, keepdims=True, dtype=jnp.int32), 1)
+    partial = jnp.take_along_axis(~full | ~visited, order, axis=-1).astype(jnp.int32)
+    return jnp.concatenate([count, order * 2 + partial], axis=-1)
 
-    A Hopper accumulator's thread holds columns 8j + 2t and 8j + 2t + 1: the compiler knows all bits of the index but 1 and 2. So
-    a word is shifted by those two, once a thread, and what is left is one test of a known bit for each element.
-    """
-    chosen: Any = None
+
+def unpack(words: Sequence[Any], block_k: int) -> Any:
+    """The bool tile (rows, block_k) of its words, (rows, 4) for each piece or, where block_k is no multiple of it, half a piece."""
+    keys = PIECE if block_k % PIECE == 0 else HALF
+    column = lax.broadcasted_iota(jnp.int32, (words[0].shape[0], block_k), 1)
+    chosen = jnp.zeros_like(column)
     for n, word in enumerate(words):
-        shifted = lax.shift_right_logical(word, column & 6)
-        chosen = shifted if n == 0 else jnp.where(column >= n * WORD, shifted, chosen)
-    return (chosen & lax.shift_left(jnp.ones_like(column), column & 25)) != 0
+        for t in range(4):
+            own = (lax.div(column, keys) == n) & (lax.div(column, 2) % 4 == t)
+            chosen = jnp.where(own, lax.broadcast_in_dim(word[:, t], column.shape, [0]), chosen)
+    at = lax.div(lax.rem(column, keys), 8) * 2 + column % 2
+    return lax.shift_right_logical(chosen, at) & 1 == 1
 
 
 def lay_out(bias: jax.Array, rows: int, block_k: int) -> jax.Array:
@@ -86,4 +131,4 @@ def lay_out(bias: jax.Array, rows: int, block_k: int) -> jax.Array:
     B, H, L, S = bias.shape
     flat = bias.astype(jnp.float32).reshape(B, H, L * S)
     block = {"row": rows, "column": block_k, "scalar": 1}[what]
-    return jnp.pad(flat, ((0, 0), (0, 0), (0, cdiv(L * S, block) * block - L * S)))
+    return jnp.pad(flat, ((0, 0), (0, 0), (0, visits.cdiv(L * S, block) * block - L * S)))

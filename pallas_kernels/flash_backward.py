@@ -88,7 +88,7 @@ def backward(
     found: dict[str, Any] = {}
     for names, own in kernels:
         fused = names == WANTS
-        operands = hopper_operands.Operands.of(shape, own, mask, **more, transposed=names != ("query",))
+        operands = hopper_operands.Operands.of(shape, own, mask, **more, transposed=names != ("query",), interpret=interpret)
         sums = "bias" in wants and bias_kind in (("row", "scalar") if names == ("query",) else ("column",))
         if names == ("query",):
             stores = "bias" in wants and bias_kind == "tile"

@@ -16,7 +16,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 
-from pallas_kernels.hopper_scores import TILE
+from pallas_kernels.hopper_memory import TILE
+from pallas_kernels.hopper_ptx import element, i32, op, ptx
 
 SIDE = 64
 PIECE = (SIDE // 8, 128, 4)
@@ -30,30 +31,16 @@ def add_into(sums: Any, tile: Any) -> None:
     """sums (global memory, PIECE, float32) += tile (64, 64), float32 in WGMMA's layout."""
 
     def add(_: Any, sums: Any, tile: Any) -> None:
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        thread = _operation("arith.remui", i32, mgpu.utils.thread_idx(), mgpu.utils.c(128, i32))
-        before = _operation("arith.muli", i64, _operation("arith.extui", i64, thread), mgpu.utils.c(16, i64))
-        at = _operation("arith.addi", i64, _operation("llvm.ptrtoint", i64, mgpu.utils.memref_ptr(sums)), before)
+        i64 = ir.IntegerType.get_signless(64)
+        thread = op("arith.remui", i32(), mgpu.utils.thread_idx(), mgpu.utils.c(128, i32()))
+        before = op("arith.muli", i64, op("arith.extui", i64, thread), mgpu.utils.c(16, i64))
+        at = op("arith.addi", i64, op("llvm.ptrtoint", i64, mgpu.utils.memref_ptr(sums)), before)
         for n, pair in enumerate(tile.registers.reshape(-1, 2)):  # of 8 columns: two neighbours of row g, two of 8 rows below it
-            numbers = [_element(register, k) for register in pair for k in (0, 1)]
-            wanted: dict[str, Any] = {
-                "asm_string": ir.StringAttr.get(ADD.format(offset=2048 * n)),
-                "constraints": ir.StringAttr.get("l,f,f,f,f,~{memory}"),
-                "has_side_effects": ir.UnitAttr.get(),
-            }
-            ir.Operation.create("llvm.inline_asm", [], [at, *numbers], wanted)
+            numbers = [element(register, k) for register in pair for k in (0, 1)]
+            ptx(ADD.format(offset=2048 * n), "l,f,f,f,f,~{memory}", [], [at, *numbers], effects=True)
 
     run: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))(add)
     run(sums, tile)
-
-
-def _operation(name: str, result: Any, *operands: Any) -> Any:
-    return ir.Operation.create(name, [result], list(operands)).result
-
-
-def _element(register: Any, k: int) -> Any:
-    position: dict[str, Any] = {"static_position": ir.DenseI64ArrayAttr.get([k])}
-    return ir.Operation.create("vector.extract", [ir.F32Type.get()], [register], position).result
 
 
 def in_order(sums: jax.Array) -> jax.Array:

@@ -34,10 +34,10 @@ from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any, seen_by_any
-from pallas_kernels.hopper_memory import rows_of, tile
+from pallas_kernels.hopper_memory import ROW, TILE, rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
 from pallas_kernels.hopper_program import drain, in_roles, launch, slot
-from pallas_kernels.hopper_scores import ROW, TILE, filled, survivor_scale, walk_of
+from pallas_kernels.hopper_scores import filled, survivor_scale, walk_of
 from pallas_kernels.visits import cdiv
 
 

@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dense, online_softmax, visits
+from pallas_kernels import dense, hopper_packing, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape, has_ids
 from pallas_kernels.hopper_hidden import hidden_by_numbers, seen_by_any, words
 from pallas_kernels.hopper_keys import Ring
@@ -241,8 +241,8 @@ def forward(
         whole = jax.tree.unflatten(structure, mask_arrays)
         more = []
         if keep is not None:
-            packed = dense.pack(keep, config.rows, bk)
-            more += [visits.listed(packed, whole, config.rows, L, S, bk), packed]
+            packed = hopper_packing.packed(keep, config.rows, bk, interpret=interpret)
+            more += [dense.listed(packed, whole, config.rows, L, S, bk), packed]
         elif by_ids:
             more.append(visits.table(whole, config.rows, L, S, bk))
         if by_ids:  # a tile's ids are loaded whole

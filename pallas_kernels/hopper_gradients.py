@@ -23,7 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import visits
 from pallas_kernels.contracts import WalkConfig
 from pallas_kernels.hopper_hidden import Part, seen_by_any
-from pallas_kernels.hopper_scores import TILE, Recipe, Refs, Rows, scale_at, walk_of
+from pallas_kernels.hopper_memory import TILE
+from pallas_kernels.hopper_scores import Recipe, Refs, Rows, scale_at, walk_of
 from pallas_kernels.online_softmax import LOG2E
 
 

@@ -25,8 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, visits
 from pallas_kernels.contracts import has_ids
-from pallas_kernels.hopper_memory import swizzle_of
-from pallas_kernels.hopper_scores import TILE, Recipe, Refs, mask_of, shared
+from pallas_kernels.hopper_memory import TILE, swizzle_of
+from pallas_kernels.hopper_scores import Recipe, Refs, mask_of, shared
 
 ROWS = 64  # that are cleared at a time: a warpgroup's tile
 

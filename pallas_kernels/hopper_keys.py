@@ -20,9 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.hopper_hidden import Bits, Span, bring
-from pallas_kernels.hopper_memory import tile
+from pallas_kernels.hopper_memory import TILE, tile
 from pallas_kernels.hopper_program import slot
-from pallas_kernels.hopper_scores import TILE, Recipe, Rows, filled
+from pallas_kernels.hopper_scores import Recipe, Rows, filled
 from pallas_kernels.online_softmax import over_columns
 
 Copy = Callable[[Any, Any], None]  # (a tile in shared memory, the barrier that hears of its bytes)

@@ -6,7 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+WORDS = plgpu.Layout.TILED(Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
+"""Of an array (rows, 4): the four threads that hold a row of TILE have one each."""
 
 
 def swizzle_of(dim: int, dtype: Any) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dense, visits
+from pallas_kernels import dense, hopper_packing, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig, has_ids
 from pallas_kernels.hopper_hidden import hidden_by_numbers, words
 from pallas_kernels.hopper_memory import transforms
@@ -96,6 +96,7 @@ class Operands:
     def of(
         cls, shape: ForwardShape, config: WalkConfig, mask: Any, *, keep: Any = None, bias: Any = None, seeds: Any = None,
         scale: Any = None, generator: Any = None, seen_keys: Any = None, seen_queries: Any = None, transposed: bool = False,
+        interpret: Any = None,
     ) -> Operands:  # fmt: skip
         """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
 
@@ -107,15 +108,16 @@ class Operands:
         crossed = transposed and dense.tile_bytes(bias) > 0  # a copy would be as large as the scores
         if transposed:
             mask = None if mask is None else mask.transposed()
-            keep = None if keep is None else jnp.swapaxes(keep, 2, 3)
             bias = bias if bias is None or crossed else jnp.swapaxes(bias, 2, 3)
             rows, columns = columns, rows
         arrays, structure = jax.tree.flatten(mask)
         by_ids = has_ids(mask)
         given: dict[str, Any] = {}
+        keep_kind = None
         if keep is not None:
-            packed = dense.pack(keep, config.rows, config.block_k)
-            given |= {"table": visits.listed(packed, mask, config.rows, rows, columns, config.block_k), "keep": packed}
+            packed = hopper_packing.packed(keep, config.rows, config.block_k, transposed=transposed, interpret=interpret)
+            keep_kind = dense.kind(jnp.swapaxes(keep, 2, 3) if transposed else keep)
+            given |= {"table": dense.listed(packed, mask, config.rows, rows, columns, config.block_k), "keep": packed}
         elif by_ids:
             given["table"] = visits.table(mask, config.rows, rows, columns, config.block_k)
         if by_ids:  # a tile's ids are loaded whole
@@ -137,7 +139,7 @@ class Operands:
             given["own_seen"] = words(own_seen, config.rows)
         names = (*("mask" for _ in arrays), *given)
         return cls(
-            None if mask is None else structure, by_ids, None if keep is None else dense.kind(keep), kind, generator, names,
+            None if mask is None else structure, by_ids, keep_kind, kind, generator, names,
             (*arrays, *given.values()), hides=by_numbers and not transposed, own_hides=by_numbers and transposed,
         )  # fmt: skip
 

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dense, hopper_ptx
+
 
 @dataclasses.dataclass(frozen=True)
 class Wgmma:
@@ -37,6 +39,23 @@ class Wgmma:
         """
         if self.interpret:
             plgpu.commit_smem()
+
+    def loaded(self) -> None:
+        """Between a plain load of what TMA will write again and the arrival that gives it back, each thread's own."""
+        if self.interpret:
+            plgpu.commit_smem()
+        else:
+            hopper_ptx.fence()
+
+    def widened(self, tile: Any) -> Any:
+        """A tile (rows, columns) as float32."""
+        if self.interpret or tile.dtype != jnp.bfloat16:
+            return tile.astype(jnp.float32)
+        return hopper_ptx.widened(tile)
+
+    def kept(self, s: Any, words: Sequence[Any]) -> Any:
+        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece of keys (`dense.pack`)."""
+        return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words)
 
     def scores(self, q: Any, k: Any) -> Any:
         """q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32."""

@@ -19,12 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape, Ids
+from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, WORDS
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.online_softmax import LOG2E, over_columns
-
-TILE = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:
@@ -256,11 +253,33 @@ class Rows:
         kind, ref = self.recipe.keep_kind, self.refs.keep
         if kind is None:
             return []
-        lead, words = shared(ref, self.b, self.h), self._tile[1] // dense.WORD
-        found = [0] if kind in ("row", "scalar") else [self.walk.tile(i) * words + n for n in range(words)]
-        if kind in ("column", "scalar"):
-            return [jnp.full(self._tile, ref[(*lead, n, 0)], jnp.int32) for n in found]
-        return [self._by_row(ref.at[(*lead, n)]) for n in found]
+        lead, (bq, bk) = shared(ref, self.b, self.h), self._tile
+        if kind == "scalar":
+            return [ref[(*lead, 0, 0, 0)]]
+        own = pl.ds(self.base, bq)
+        load: Any = functools.partial(plgpu.load, optimized=False)
+        if kind == "row":
+            return [load(ref.at[(*lead, 0, own, 0)], layout=ROW)]
+        whole = bk % dense.PIECE == 0
+
+        def words(n: Any) -> Any:
+            """Those of the n-th piece, or half a piece: in the low bits."""
+            piece = ref.at[(*lead, n if whole else lax.shift_right_logical(n, np.int32(1)))]
+            if kind == "tile":
+                found = load(piece.at[own], layout=WORDS)
+            else:
+                found = lax.broadcast_in_dim(load(piece.at[0], layout=WORDS.reduce(0)), (bq, 4), [1])
+            return found if whole else lax.shift_right_logical(found, jnp.full_like(found, (n & 1) * 16))
+
+        of = bk // (dense.PIECE if whole else dense.HALF)
+        return [words(self.walk.tile(i) * of + n) for n in range(of)]
+
+    def _kept(self, s: Any, packed: list[Any]) -> Any:
+        """The scores that the dense mask keeps, the others -inf; packed: `keep_words`."""
+        if self.recipe.keep_kind in ("row", "scalar"):
+            (word,) = packed
+            return jnp.where(over_columns(word, s) != 0 if word.ndim else word != 0, s, -jnp.inf)
+        return self.recipe.products.kept(s, packed)
 
     def _addend(self, t: Any, number: Any) -> Any:
         """The bias of key tile t, float32; the tile is the ring's of that number."""
@@ -277,16 +296,16 @@ class Rows:
         own, tiles = pl.ds(self.wg * bq, bq), refs.bias_s
         tile = tiles.at[now, :, own].transpose((1, 0)) if self.recipe.bias_crossed else tiles.at[now, own]
         found = plgpu.load(tile, layout=TILE)  # pyright: ignore[reportCallIssue]
-        # A plain load may still be on its way when its warpgroup arrives, and TMA does not wait for it: without this fence
-        # rows of the next tile were read, once in 10**4 tiles at D256 (NOTES.md, "A load that TMA overtook").
-        plgpu.commit_smem()
+        # A plain load may still be on its way when its thread arrives, and TMA does not wait for it: without this fence rows of
+        # the next tile were read, once in 10**4 tiles at D256 (NOTES.md, "A load that TMA overtook").
+        self.recipe.products.loaded()
         plgpu.barrier_arrive(refs.bias_free.at[now])
-        return found.astype(jnp.float32)
+        return self.recipe.products.widened(found)
 
     def _masked(self, s: Any, t: Any, packed: list[Any]) -> Any:
         recipe = self.recipe
         if packed:
-            s = jnp.where(dense.unpack(packed, self._index(1)), s, -jnp.inf)
+            s = self._kept(s, packed)
         if recipe.mask is None and not recipe.ragged:
             return s
         here, k = self._columns(t)

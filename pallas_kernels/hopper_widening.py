@@ -16,7 +16,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 
-from pallas_kernels.hopper_scores import TILE
+from pallas_kernels.hopper_memory import TILE
+from pallas_kernels.hopper_ptx import i32, ptx
 
 INT8 = """{
 .reg .b32 high, magnitude, sign;
@@ -57,20 +58,13 @@ def widened(pairs: Any, narrow: Any) -> tuple[Any, Any]:
     code = INT8 if narrow == jnp.int8 else E4M3
 
     def both(_: Any, pairs: Any) -> Any:
-        i32, bf16x2 = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+        bf16x2 = ir.VectorType.get((2,), ir.BF16Type.get())
         tiles = pairs.registers.copy(), pairs.registers.copy()
         for index, register in np.ndenumerate(pairs.registers):
-            for into, found in zip(tiles, _assembled(code, mgpu.utils.bitcast(register, i32)), strict=True):
+            pair = ptx(code, "=r,=r,r", [i32(), i32()], [mgpu.utils.bitcast(register, i32())])
+            for into, found in zip(tiles, pair, strict=True):
                 into[index] = mgpu.utils.bitcast(found, bf16x2)
         return tuple(mgpu.FragmentedArray(_registers=own, _layout=pairs.layout, _is_signed=None) for own in tiles)
 
     run: Any = plgpu.inline_mgpu(arg_types=(TILE,), return_type=(result, result))(both)
     return run(pairs)
-
-
-def _assembled(code: str, x: Any) -> list[Any]:
-    """The two registers that PTX makes of one, 32 bits each."""
-    wanted: dict[str, Any] = {"asm_string": ir.StringAttr.get(code), "constraints": ir.StringAttr.get("=r,=r,r")}
-    both = ir.Operation.create("llvm.inline_asm", [ir.Type.parse("!llvm.struct<(i32, i32)>")], [x], wanted).result
-    at = [ir.DenseI64ArrayAttr.get([n]) for n in (0, 1)]
-    return [ir.Operation.create("llvm.extractvalue", [x.type], [both], {"position": position}).result for position in at]

@@ -124,26 +124,6 @@ def table(mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
     return jax.vmap(of_tile, out_axes=1)(jnp.arange(cdiv(L, rows), dtype=jnp.int32) * rows)
 
 
-def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
-    """The list of a dense mask, packed (`dense.pack`), and a structured one: its tiles without a kept key are left out."""
-    row_tiles, key_tiles = cdiv(L, rows), cdiv(S, block_k)
-    some, every = words != 0, words == -1
-    for axis, tiles in ((3, row_tiles), (2, key_tiles)):  # a broadcast dim is the same for every tile
-        if words.shape[axis] != 1:
-            shape = (*some.shape[:axis], tiles, words.shape[axis] // tiles, *some.shape[axis + 1 :])
-            some, every = some.reshape(shape).any(axis + 1), every.reshape(shape).all(axis + 1)
-    some, every = jnp.swapaxes(some, 2, 3), jnp.swapaxes(every, 2, 3)
-    found = table(mask, rows, L, S, block_k)[:, None]  # (B|1, 1, row tiles, 4)
-    first, full_first, full_last, last = (found[..., n, None] for n in range(4))
-    at = jnp.arange(key_tiles, dtype=jnp.int32)
-    visited = some & (at >= first) & (at < last)  # (B|1, Hq|1, row tiles, key tiles)
-    full = every & (at >= full_first) & (at < full_last)
-    order = jnp.argsort(jnp.where(visited, key_tiles - 1 - at, key_tiles), axis=-1, stable=True).astype(jnp.int32)
-    count = jnp.maximum(visited.sum(-1, keepdims=True, dtype=jnp.int32), 1)
-    partial = jnp.take_along_axis(~full | ~visited, order, axis=-1).astype(jnp.int32)
-    return jnp.concatenate([count, order * 2 + partial], axis=-1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Items:
     """Which (batch entry, head, row tile) is the n-th item of program p, of `per_program` items.

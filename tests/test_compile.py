@@ -100,7 +100,7 @@ def test_no_spills_and_no_serialised_products(shape, E, kind, tmp_path):
     assert max(spills) <= SPILLS.get((shape, E, kind), 0)
     assert not re.search(r"C75\d\d", text), re.findall(r".*C75\d\d.*", text)
     batch, _, length = shape
-    copies = {"bool": batch * length * length // 4}  # two bits a score, while packed
+    copies = {"bool": batch * length * length // 8}  # a bit for each score
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     assert temporaries <= copies.get(kind, 0) + 2**20, temporaries
 

@@ -1,0 +1,114 @@
+"""What Pallas has no word for, in PTX or in MLIR, on the registers of a warpgroup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+
+from pallas_kernels.hopper_memory import TILE, WORDS
+
+
+def ptx(code: str, constraints: str, results: Sequence[Any], operands: Sequence[Any], *, effects: bool = False) -> list[Any]:
+    """What `code` makes of the operands, in LLVM's notation: $0 and on are the results, then the operands. effects: it does
+    something beside, and must stay where it is."""
+    wanted: dict[str, Any] = {"asm_string": ir.StringAttr.get(code), "constraints": ir.StringAttr.get(constraints)}
+    if effects:
+        wanted["has_side_effects"] = ir.UnitAttr.get()
+    if len(results) < 2:
+        return list(ir.Operation.create("llvm.inline_asm", list(results), list(operands), wanted).results)
+    struct = ir.Type.parse(f"!llvm.struct<({', '.join(map(str, results))})>")
+    found = ir.Operation.create("llvm.inline_asm", [struct], list(operands), wanted).result
+    at = [ir.DenseI64ArrayAttr.get([n]) for n in range(len(results))]
+    return [op("llvm.extractvalue", kind, found, position=place) for kind, place in zip(results, at, strict=True)]
+
+
+def op(name: str, result: Any, *operands: Any, **attributes: Any) -> Any:
+    """The result of one operation of MLIR."""
+    return ir.Operation.create(name, [result], list(operands), attributes).result
+
+
+def i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def element(register: Any, k: int) -> Any:
+    """The k-th float32 of a register."""
+    return op("vector.extract", ir.F32Type.get(), register, static_position=ir.DenseI64ArrayAttr.get([k]))
+
+
+def kept(s: Any, words: Sequence[Any]) -> Any:
+    """The scores that a dense mask keeps, the others -inf: s (rows, keys) float32, words (rows, 4) of each piece (`dense.pack`).
+
+    A thread has the words of its own columns, so that each number is one bit at a place that is known.
+    """
+
+    def keep(_: Any, s: Any, *words: Any) -> Any:
+        i1, f32 = ir.IntegerType.get_signless(1), ir.F32Type.get()
+        hidden = op("arith.constant", f32, value=ir.FloatAttr.get_f32(-math.inf))
+        unequal = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 1)  # arith.cmpi's "ne"
+        registers, pieces = np.empty(s.registers.shape, object), [_whole(word) for word in words]
+        eights = s.registers.size // 2 // len(pieces)  # of a piece's columns, in each of which a row has a register
+        for n, register in enumerate(s.registers.flat):
+            (piece, j), row = divmod(n // 2, eights), n % 2
+            bits = [op("arith.andi", i32(), pieces[piece][row], mgpu.utils.c(_signed(1 << 2 * j + e), i32())) for e in (0, 1)]
+            tests = [op("arith.cmpi", i1, bit, mgpu.utils.c(0, i32()), predicate=unequal) for bit in bits]
+            chosen = [op("arith.select", f32, test, element(register, e), hidden) for e, test in enumerate(tests)]
+            registers.flat[n] = op("vector.from_elements", register.type, *chosen)
+        return mgpu.FragmentedArray(_registers=registers, _layout=s.layout, _is_signed=None)
+
+    result = plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=TILE)
+    run: Any = plgpu.inline_mgpu(arg_types=(TILE, *[WORDS] * len(words)), return_type=result)(keep)
+    return run(s, *words)
+
+
+def _whole(word: Any) -> list[Any]:
+    """A thread's two registers of an array of WORDS, as numbers: each is a vector of one."""
+    at = ir.DenseI64ArrayAttr.get([0])
+    return [op("vector.extract", i32(), register, static_position=at) for register in word.registers.flat]
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 32) if bits >= 1 << 31 else bits
+
+
+def fence() -> None:
+    """What this thread has read of shared memory comes before what TMA will write there, once that is told.
+
+    `plgpu.commit_smem` without its barrier of the warpgroup (D256 with a bias 631 to 642 TFLOP/s). CUTLASS's sm90 epilogue gives
+    its tiles back so.
+    """
+
+    def order(_: Any) -> None:
+        ptx("fence.proxy.async.shared::cta;", "~{memory}", [], [], effects=True)
+
+    run: Any = plgpu.inline_mgpu()(order)
+    run()
+
+
+def widened(pairs: Any) -> Any:
+    """bfloat16 in WGMMA's layout as float32: a register's low half moved up, its high half with the low one cleared.
+
+    One operation a number; what is made of `astype` takes halves out of registers first, 93 for 64 (jax 0.11.2).
+    """
+
+    def widen(_: Any, pairs: Any) -> Any:
+        f32x2 = ir.VectorType.get((2,), ir.F32Type.get())
+        registers = np.empty(pairs.registers.shape, object)
+        for index, register in np.ndenumerate(pairs.registers):
+            both = mgpu.utils.bitcast(register, i32())
+            low = op("arith.shli", i32(), both, mgpu.utils.c(16, i32()))
+            high = op("arith.andi", i32(), both, mgpu.utils.c(-65536, i32()))
+            numbers = [mgpu.utils.bitcast(half, ir.F32Type.get()) for half in (low, high)]
+            registers[index] = op("vector.from_elements", f32x2, *numbers)
+        return mgpu.FragmentedArray(_registers=registers, _layout=pairs.layout, _is_signed=None)
+
+    result = plgpu.ShapeDtypeStruct(pairs.shape, jnp.float32, layout=TILE)
+    run: Any = plgpu.inline_mgpu(arg_types=(TILE,), return_type=result)(widen)
+    return run(pairs)
