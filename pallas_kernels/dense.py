@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import visits
@@ -77,22 +78,19 @@ def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
 
 def summary(words: jax.Array, row_tiles: int, key_tiles: int, block_k: int) -> tuple[jax.Array, jax.Array]:
     """(some, every): whether a tile keeps some of its scores, and all; (B|1, Hq|1, row tiles|1, key tiles|1)."""
-    pieces, length, each = words.shape[2:]
-    if length != 1:  # a broadcast dim is the same for every tile
-        words = words.reshape(*words.shape[:3], row_tiles, length // row_tiles, each)
-        words = jnp.stack([jnp.bitwise_or.reduce(words, (4, 5)), jnp.bitwise_and.reduce(words, (4, 5))])
-    else:
-        words = jnp.stack([jnp.bitwise_or.reduce(words, 4), jnp.bitwise_and.reduce(words, 4)])
-    some, every = jnp.moveaxis(words, 3, 4) != 0, jnp.moveaxis(words, 3, 4) == -1
+    length, each = words.shape[3:]
+    many = 1 if length == 1 else row_tiles  # a broadcast dim is the same for every tile
+    tiles = words.reshape(*words.shape[:3], many, length // many, each)
+    both = lax.reduce(tiles, np.int32(0), lax.bitwise_or, (4, 5)), lax.reduce(tiles, np.int32(-1), lax.bitwise_and, (4, 5))
+    some, every = (jnp.swapaxes(bits, 2, 3) for bits in both)  # (B|1, Hq|1, row tiles|1, pieces)
     if each == 1:
-        return some[0], every[1]
-    of = block_k // PIECE
+        return some != 0, every == -1
+    of = PIECE
     if block_k % PIECE:
-        halves = jnp.stack([words << 16 >> 16, words >> 16], 4).reshape(*words.shape[:3], 2 * pieces, -1)
-        some, every = jnp.moveaxis(halves, 3, 4) != 0, jnp.moveaxis(halves, 3, 4) == -1
-        of = block_k // HALF
-    tiles = lambda x: x[..., : of * key_tiles].reshape(*x.shape[:-1], key_tiles, of)  # noqa: E731
-    return tiles(some[0]).any(-1), tiles(every[1]).all(-1)
+        some, every = (jnp.stack([bits << 16 >> 16, bits >> 16], -1).reshape(*bits.shape[:3], -1) for bits in (some, every))
+        of = HALF
+    some, every = (bits[..., : key_tiles * block_k // of].reshape(*bits.shape[:3], key_tiles, -1) for bits in (some, every))
+    return (some != 0).any(-1), (every == -1).all(-1)
 
 
 def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:

@@ -245,7 +245,8 @@ class Rows:
         if sinks is None:
             return filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
         sink = sinks[(*shared(sinks, self.b), self.h)]
-        m = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30)) * (LOG2E / self.recipe.factor)
+        m = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30))
+        m = m if self.recipe.huge else m * LOG2E
         return filled((bq,), m, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
 
     def keep_words(self, i: Any) -> list[Any]:

@@ -1,10 +1,12 @@
-"""The running state of a row: its maximum m, the sum l of its exponentials, and what both become in the end.
+"""The running state of a row: its reference m, the sum l of its exponentials, and what both become in the end.
 
-Milakov and Gimelshein, arXiv:1805.02867, with powers of 2: for scores s and a factor f, an element is p = 2**(f * s - r) with the
-row's r = f * m, m = max s. That is one fused multiply-add an element; r is rounded, and by as much all of a row's p and its l are
-off, so that it cancels, as long as everything (`shrink`, lse) is counted from the very same r: natural lse = r * ln 2 + ln l.
-Beyond |r| = 2**26 the rounding is a factor of 2**4 and more, which half precision p cannot hold any longer: scores that may be so
-large (a bias of -1e9, of finfo.min) are `huge`, and p = 2**(f * (s - m)), one operation more.
+Milakov and Gimelshein, arXiv:1805.02867, with powers of 2: for scores s and a factor f, an element is p = 2**(f * s - m) with the
+row's m = f * max s. That is one fused multiply-add an element; m is rounded, and by as much all of a row's p and its l are off, so
+that it cancels, as long as everything is counted from the very same m: what came before counts 2**(m_before - m) times, natural lse
+= m * ln 2 + ln l. (From f * max s, fused, it would count by the rounding too much at each tile anew: 2 % from the first to the last
+of 16384 keys, for scores of 8000.)
+Beyond |m| = 2**26 the rounding is a factor of 2**4 and more, which half precision p cannot hold any longer: scores that may be so
+large (a bias of -1e9, of finfo.min) are `huge`: m = max s, p = 2**(f * (s - m)), one operation more.
 A row without keys has m = -inf and l = 0; it is decided here and nowhere else that such a row gives 0 and lse -inf.
 """
 
@@ -18,6 +20,7 @@ from jax import lax
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
+LEAST = -3.4028234663852886e38  # of float32
 
 
 def over_columns(row: Any, tile: Any) -> Any:
@@ -31,18 +34,18 @@ def over_rows(column: Any, tile: Any) -> Any:
 
 
 def powers(s: Any, factor: float, m: Any, *, huge: bool = False, axis: int = 1) -> tuple[Any, Any, Any]:
-    """(m, shrink, p) after a tile of scores, whose keys are `axis`: what came before counts `shrink` times as much, p =
-    2**(factor * (s - m)).
+    """(m, shrink, p) after a tile of scores, whose keys are `axis`: what came before counts `shrink` times as much, p as above.
 
     s float32, -inf where masked; factor > 0; m, shrink: s without its keys.
     """
     over_keys = over_columns if axis == 1 else over_rows
-    m_new = jnp.maximum(m, s.max(axis=axis))
-    top = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # -inf - -inf would be NaN: a row that has seen no key yet
+    most = s.max(axis=axis)
+    m_new = jnp.maximum(m, most if huge else most * factor)
+    top = jnp.maximum(m_new, LEAST)  # -inf - -inf would be NaN: a row that has seen no key yet
     if huge:
         return m_new, jnp.exp2((m - top) * factor), jnp.exp2((s - over_keys(top, s)) * factor)
-    r = top * factor
-    return m_new, jnp.exp2(m * factor - r), jnp.exp2(s * factor - over_keys(r, s))
+    p = jnp.exp2(s * factor - over_keys(top, s))  # first: ptxas keeps to it, and D128 is at 704 TFLOP/s so, at 625 not (NOTES.md)
+    return m_new, jnp.exp2(m - top), p
 
 
 def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any, Any, Any]:
@@ -52,8 +55,8 @@ def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tupl
 
 
 def finish(m: Any, l: Any, factor: float, *, huge: bool = False) -> tuple[Any, Any]:
-    """(what to multiply the accumulator by, lse): 1 / l and ln 2 * r + ln l; 0 and -inf where l = 0; NaN stays NaN."""
+    """(what to multiply the accumulator by, lse): 1 / l and ln 2 * m + ln l; 0 and -inf where l = 0; NaN stays NaN."""
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
-    top = m * (factor * LN2) if huge else m * factor * LN2
+    top = m * (factor * LN2) if huge else m * LN2
     return jnp.where(empty, 0.0, 1 / safe), jnp.where(empty, -jnp.inf, top + jnp.log(safe))

@@ -325,6 +325,11 @@ HUGE = {
         np.where(np.arange(256) >= 128, -1.1e9, -1.0e9).astype(np.float32).reshape(1, 1, 1, 256),
         "bfloat16",
     ),
+    "2**27 and a step less, 2**28 too": (
+        np.where(np.arange(256) % 3 == 0, 2.0**27, 2.0**27 - 8).astype(np.float32)[None, None, None]
+        * np.array([[1], [2]] * 4, np.float32),
+        "bfloat16",
+    ),
     "3e38 beside 0": (np.where(np.arange(256) == 7, 3e38, 0).astype(np.float32).reshape(1, 1, 1, 256), "bfloat16"),
 }
 
@@ -335,6 +340,29 @@ def test_huge_biases_are_numbers(name):
     bias, dtype = HUGE[name]
     problem = make(8, 256, B=1, Hq=1, E=16, bias=bias).rounded(dtype)
     check(problem, interpreted(problem), names=("out",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_biases_are_numbers_on_a_gpu(name):
+    bias, dtype = HUGE[name]
+    problem = make(8, 256, B=1, Hq=1, E=16, bias=bias).rounded(dtype)
+    check(problem, on_jax(problem, FLASH), names=("out",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("E", [64, 128, 256])
+@pytest.mark.parametrize("bias", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("q0", [299.0, 300.0, 302.0, 306.0])
+def test_what_the_maximum_is_rounded_to_counts_once(q0, bias, E):
+    """All scores of a row are 8000 or so, over many tiles: its last keys weigh as much as its first ones."""
+    S = 16384
+    query, key = jnp.zeros((1, 1, 64, E), jnp.bfloat16), jnp.zeros((1, 1, S, E), jnp.bfloat16)
+    value = jnp.broadcast_to((jnp.arange(S) < S // 2)[None, None, :, None], key.shape).astype(jnp.bfloat16)
+    mask = None if bias is None else jnp.zeros((64, S), bias)
+    with sdpa_kernel(FLASH):
+        out = scaled_dot_product_attention(query.at[..., 0].set(q0), key.at[..., 0].set(304.0), value, mask)
+    np.testing.assert_allclose(np.asarray(out, np.float32), 0.5, atol=2**-9)
 
 
 @needs_mosaic
