@@ -71,7 +71,7 @@ def forward(
 
         def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
             """Store the results of piece n."""
-            share, lse = online_softmax.finish(m, l, recipe.factor)
+            share, lse = online_softmax.finish(m, l)
             acc, out = acc * over_columns(share, acc), out_ref.at[pieces.slot(n), pl.ds(wg * bq, bq)]
             for column in range(0, Ev, width):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left

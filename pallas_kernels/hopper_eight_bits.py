@@ -148,7 +148,7 @@ def forward(
             start = [filled((64, columns), 0.0, TILE) for _ in range(all_of_v // 64)]
             state = (*start, filled((columns,), -jnp.inf, COLUMN), filled((bk, columns), 0.0, TILE))
             *accs, m, l = pieces.loop(0, walk.steps, step, state)
-            share, lse = online_softmax.finish(m, l.sum(axis=0), recipe.factor)
+            share, lse = online_softmax.finish(m, l.sum(axis=0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last results have left
             plgpu.commit_smem()
             for column, acc in enumerate(accs):

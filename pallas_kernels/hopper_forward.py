@@ -131,7 +131,7 @@ def forward(
         def finish(n: Any, acc: Any, m: Any, l: Any) -> None:
             """Store the results of item n."""
             b, h, base = place(n)
-            share, lse = online_softmax.finish(m, l, recipe.factor, huge=recipe.huge)
+            share, lse = online_softmax.finish(m, l, huge=recipe.huge)
             if recipe.drops:
                 share = share * survivor_scale(shape, generator)
             out_tile, out = out_s.at[wg] if own_out else q_s.at[q_slot(n)], at(out_ref, b, base, bq, h)

@@ -98,7 +98,8 @@ class Operands:
         scale: Any = None, generator: Any = None, seen_keys: Any = None, seen_queries: Any = None, transposed: bool = False,
         interpret: Any = None,
     ) -> Operands:  # fmt: skip
-        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys. What is absent is None.
+        """shape, mask, keep, bias: as the call has them; `transposed` exchanges queries and keys, but not of a bias as large as the
+        scores, which stays as it is (`BiasFacts.crossed`). What is absent is None.
 
         seen_keys, seen_queries: (B|1, Hq|1, length) bool, who may not hold anything; where numbers hide keys, they say so.
         """

@@ -34,14 +34,18 @@ class Wgmma:
     def read(self) -> None:
         """After a plain load of what TMA will write again, for the interpreter, which wants to see the two ordered.
 
-        In hardware a fence does that (`commit_smem`), and costs a barrier of the warpgroup. It is left out only where what was
-        loaded has been used long before the memory is given back.
+        In hardware a fence would do that (`loaded`). It is left out only where what was loaded has been used long before the memory
+        is given back.
         """
         if self.interpret:
             plgpu.commit_smem()
 
     def loaded(self) -> None:
-        """Between a plain load of what TMA will write again and the arrival that gives it back, each thread's own."""
+        """Between a plain load of what TMA will write again and the arrival that gives it back.
+
+        Each thread fences for itself, since each of the 128 arrives (Mosaic's `barrier_arrive`); for one that arrives for all, they
+        would have to meet first.
+        """
         if self.interpret:
             plgpu.commit_smem()
         else:

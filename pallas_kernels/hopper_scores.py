@@ -279,7 +279,8 @@ class Rows:
         """The scores that the dense mask keeps, the others -inf; packed: `keep_words`."""
         if self.recipe.keep_kind in ("row", "scalar"):
             (word,) = packed
-            return jnp.where(over_columns(word, s) != 0 if word.ndim else word != 0, s, -jnp.inf)
+            word = over_columns(word, s) if word.ndim else jnp.full(s.shape, word, jnp.int32)  # Mosaic takes no scalar condition
+            return jnp.where(word != 0, s, -jnp.inf)
         return self.recipe.products.kept(s, packed)
 
     def _addend(self, t: Any, number: Any) -> Any:

@@ -54,9 +54,9 @@ def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tupl
     return m, l * shrink + p.sum(axis=1), shrink, p
 
 
-def finish(m: Any, l: Any, factor: float, *, huge: bool = False) -> tuple[Any, Any]:
+def finish(m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any]:
     """(what to multiply the accumulator by, lse): 1 / l and ln 2 * m + ln l; 0 and -inf where l = 0; NaN stays NaN."""
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
-    top = m * (factor * LN2) if huge else m * LN2
+    top = m if huge else m * LN2  # beside a bias f is log2 e
     return jnp.where(empty, 0.0, 1 / safe), jnp.where(empty, -jnp.inf, top + jnp.log(safe))

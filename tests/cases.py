@@ -172,6 +172,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bool (B, 1, 1, S)": lambda: _dense((3, 1, 1, 260), face="jax"),
     "bool (B, H, L, 1)": lambda: _dense((3, 4, 133, 1)),
     "bool (1, S)": lambda: _dense((1, 260)),
+    "bool (B, H, 1, 1)": lambda: _dense((3, 4, 1, 1)),
     "bool all False": lambda: (make(9, 300, keep=np.zeros((9, 300), bool), dlse=True), None, {"face": "jax"}),
     "bias (1, 1)": lambda: _dense(None, (1, 1)),
     "bias (1, S)": lambda: _dense(None, (1, 260), face="jax"),

@@ -127,9 +127,10 @@ def call(q, k, v, dout, lse, delta, bias):
     if "roles" in kind:
         dq = WalkConfig(masks_all=True, brief=1, early=True, half=True)
         more = dict(drop, config=BackwardConfig(dq, WalkConfig(roles=True, plain=True, half=True), dq, dq))
+    more |= dict(keep=bias) if kind == "bool" else {}
     return flash_backward.backward(q, k, v, dout, lse, delta, layout="BHLE", scale=E**-0.5, mask=mask, **more)
 
-program = jax.jit(call).lower(x, x, x, x, row, row, array(B, H, L, L, dtype="float32" if "32" in kind else x.dtype) if "bias" in kind else array(1)).compile()
+program = jax.jit(call).lower(x, x, x, x, row, row, array(B, H, L, L, dtype={"bias32, dkv": "float32", "bool": "bool"}.get(kind, x.dtype)) if "b" in kind else array(1)).compile()
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
 """
 
@@ -147,7 +148,7 @@ BACKWARD_SPILLS = {  # bytes of spill stores, the larger one of the kernels' and
 @pytest.mark.parametrize(
     ("E", "kind"),
     [
-        *((E, kind) for E in (64, 128) for kind in ("full", "causal", "dropout", "causal dropout", "bias, dq", "bias, dkv")),
+        *((E, kind) for E in (64, 128) for kind in ("full", "causal", "dropout", "causal dropout", "bias, dq", "bias, dkv", "bool")),
         *((E, "bias32, dkv") for E in (64, 128, 256)),
         *((E, kind) for E in (192, 256) for kind in ("full", "causal", "roles", "roles, causal")),
         *((64, kind) for kind in ("fused", "fused, causal", "fused, dropout", "fused, causal dropout")),
@@ -163,6 +164,7 @@ def test_no_serialised_products_backward_and_few_spills(E, kind, tmp_path):
     per_row = 3 if "bias" in kind else 2 if "dropout" not in kind else 4  # lse and delta, a sum; the words of dropout
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     sums = 4 * 8 * 16384 * E if "fused" in kind else 0  # dq's, float32
+    sums += 2 * 16384 * 16384 + 2**20 if kind == "bool" else 0  # a bit a score for dq, one for dk and dv
     assert temporaries <= 4 * per_row * 8 * 16384 + sums + 2**16, temporaries
 
 

@@ -133,6 +133,17 @@ def test_values_and_gradients(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("E", [64, 128, 256])
+@pytest.mark.parametrize("shape", [(2, 1, 256, 640), (1, 2, 384, 256)], ids=str)
+def test_a_bool_mask_of_whole_pieces(shape, E):
+    """Packed by our kernels, across for dq and down for dk and dv, with rows, keys and tiles that hold nothing."""
+    keep = np.random.default_rng(E).random(shape) < 0.5
+    keep[..., 5, :] = keep[..., :, 7] = keep[..., :128, 128:256] = False
+    problem = make(*shape[2:], B=2, Hq=4, Hk=2, E=E, keep=keep).rounded("bfloat16")
+    check(problem, on_jax(problem, FLASH))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", SOME)
 def test_values_and_gradients_in_float16_with_x64(name):
     problem, mask, options = in_half(name, "float16")
@@ -301,21 +312,24 @@ def _hopper_program(length, **options):
     "options",
     [
         {}, {"is_causal": True}, {"scale": -0.3}, {"attn_mask": "keys"}, {"attn_mask": "dense"}, {"attn_mask": "bias"},
+        {"attn_mask": "of heads"}, {"attn_mask": "of queries"}, {"attn_mask": "of keys"},
         {"attn_mask": "segments"}, {"dropout_p": 0.1}, {"dropout_p": 0.1, "is_causal": True},
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("length", [72, 200])
+@pytest.mark.parametrize("length", [72, 200, 256])
 def test_calls_lower_for_a_hopper(options, length):
     masks = {
         "keys": KeyLengths(jnp.array([3, length])), "dense": jnp.ones((2, 1, length, length), bool),
+        "of heads": jnp.ones((2, 4, 1, 1), bool), "of queries": jnp.ones((length, 1), bool), "of keys": jnp.ones((2, 1, 1, length), bool),
         "bias": jnp.ones((4, length, length)), "segments": SegmentIds(jnp.zeros((2, length), jnp.int32)),
     }  # fmt: skip
     given = {name: masks.get(x, x) if isinstance(x, str) else x for name, x in options.items()}
     given |= {"dropout_rng": jax.random.key(0)} if "dropout_p" in options else {}
     for x64 in (False, True):
         with jax.enable_x64(x64):
-            assert _hopper_program(length=length, **given).count("mosaic_gpu_v2") == 1
+            packs = options.get("attn_mask") == "dense" and length % 128 == 0  # by a kernel too
+            assert _hopper_program(length=length, **given).count("mosaic_gpu_v2") == 1 + packs
 
 
 HUGE = {

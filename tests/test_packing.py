@@ -52,16 +52,31 @@ def test_a_tile_of_words_is_taken_apart_as_it_was_packed(block_k):
     np.testing.assert_array_equal(dense.unpack(words, block_k), keep[0, 0])
 
 
+def kernels(keep, rows, block_k, transposed=False):
+    """(the words that `packed` gives, whether a kernel of ours makes them)."""
+    call = jax.jit(lambda keep: hopper_packing.packed(keep, rows, block_k, transposed=transposed))
+    text = call.trace(keep).lower(lowering_platforms=("cuda",)).as_text()
+    return call, "mosaic_gpu" in text
+
+
+WHOLE = [(1, 2, 128, 1024), (2, 3, 256, 640), (1, 1, 384, 384), (2, 1, 128, 192), (4, 1, 2048, 4096)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("B", "H", "L", "S"),
-    [(1, 1, 64, 128), (1, 2, 128, 1024), (2, 3, 200, 256), (2, 1, 1000, 640), (1, 1, 1, 128), (4, 1, 2048, 4096)],
-)
-def test_the_packing_kernels_write_the_same_words(B, H, L, S):
-    keep = jnp.asarray(drawn(B, H, L, S))
-    for rows, block_k in ((128, 128), (192, 128), (128, 64)):
-        words = jax.jit(lambda keep, rows=rows, k=block_k: hopper_packing.packed(keep, rows, k))(keep)
-        np.testing.assert_array_equal(words, dense.pack(keep, rows, block_k))
-    for rows in (64, 128):
-        words = jax.jit(lambda keep, rows=rows: hopper_packing.packed(keep, rows, 64, transposed=True))(keep)
-        np.testing.assert_array_equal(words, dense.pack(jnp.swapaxes(keep, 2, 3), rows, 64))
+@pytest.mark.parametrize(("rows", "block_k"), [(128, 128), (192, 128), (128, 64), (64, 192), (128, 256)])
+@pytest.mark.parametrize("shape", [*WHOLE, (2, 1, 200, 768), (1, 1, 1000, 384)], ids=str)
+def test_across_writes_the_same_words(shape, rows, block_k):
+    keep = jnp.asarray(drawn(*shape))
+    call, ours = kernels(keep, rows, block_k)
+    assert ours == (shape[3] % 128 == 0 == shape[3] % block_k)
+    np.testing.assert_array_equal(call(keep), dense.pack(keep, rows, block_k))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_down_writes_the_same_words(shape, rows):
+    keep = jnp.asarray(drawn(*shape))
+    call, ours = kernels(keep, rows, 64, transposed=True)
+    assert ours == (shape[3] % rows == 0)
+    np.testing.assert_array_equal(call(keep), dense.pack(jnp.swapaxes(keep, 2, 3), rows, 64))
