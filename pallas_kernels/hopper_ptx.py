@@ -81,8 +81,8 @@ def _signed(bits: int) -> int:
 def fence() -> None:
     """What this thread has read of shared memory comes before what TMA will write there, once that is told.
 
-    `plgpu.commit_smem` without its barrier of the warpgroup (D256 with a bias 631 to 642 TFLOP/s). CUTLASS's sm90 epilogue gives
-    its tiles back so.
+    `plgpu.commit_smem` without its barrier of the warpgroup (D256 with a bias, H200, 2026-11-27: 631 to 643 TFLOP/s). CUTLASS's
+    sm90 epilogue gives its tiles back so.
     """
 
     def order(_: Any) -> None:
