@@ -30,11 +30,11 @@ PIECE = 4 * WORD
 HALF = PIECE // 2  # tiles are multiples of it
 
 
-def kind(array: Any) -> str:
-    """Of a dense operand (B|1, Hq|1, L|1, S|1) by its last two sizes. A single query or key counts as broadcast."""
-    return {(False, False): "tile", (False, True): "row", (True, False): "column", (True, True): "scalar"}[
-        array.shape[2] == 1, array.shape[3] == 1
-    ]
+def kind(array: Any, *, transposed: bool = False) -> str:
+    """Of a dense operand (B|1, Hq|1, L|1, S|1), or of it with queries and keys exchanged, by its last two sizes. A single query or
+    key counts as broadcast."""
+    rows, columns = array.shape[:1:-1] if transposed else array.shape[2:]
+    return {(False, False): "tile", (False, True): "row", (True, False): "column", (True, True): "scalar"}[rows == 1, columns == 1]
 
 
 def tile_bytes(bias: Any) -> int:

@@ -117,7 +117,7 @@ class Operands:
         keep_kind = None
         if keep is not None:
             packed = hopper_packing.packed(keep, config.rows, config.block_k, transposed=transposed, interpret=interpret)
-            keep_kind = dense.kind(jnp.swapaxes(keep, 2, 3) if transposed else keep)
+            keep_kind = dense.kind(keep, transposed=transposed)
             given |= {"table": dense.listed(packed, mask, config.rows, rows, columns, config.block_k), "keep": packed}
         elif by_ids:
             given["table"] = visits.table(mask, config.rows, rows, columns, config.block_k)
