@@ -79,6 +79,10 @@ def dkv(
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
+    if operands.static is not None and not fused and split == group and not (recipe.listed or recipe.ragged):
+        upward = dataclasses.replace(recipe, upward=True)
+        if visits.cut_once(operands.static, config.rows, bk, shape.key_len, shape.query_len, bq, upward.leads, upward=True):
+            recipe = dataclasses.replace(upward, cut_once=True)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, k_s: Any, q_s: Any, do_s: Any, numbers_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any, q_free: Any,
@@ -142,12 +146,12 @@ def dkv(
                 found = plgpu.load(ref, layout=COLUMN)  # pyright: ignore[reportCallIssue] (0.10 had an index)
                 return lax.broadcast_in_dim(found, (bk, bq), [1])
 
-            def probabilities(s: Any, r: Any, i: Any, n: Any, now: Any, packed: Any) -> Any:
+            def probabilities(s: Any, r: Any, i: Any, n: Any, now: Any, packed: Any, is_first: bool = False) -> Any:
                 which = (LSE, SUM)[: operands.numbers - 1]
                 found = rows_at(r).probabilities(
                     s, lambda: tuple(column(numbers_s.at[now, one]) for one in which), i=i, number=n, packed=packed,
                     query_words=lambda: (column(words_s.at[now, 0]), column(words_s.at[now, 1])),
-                    existing=shape.key_len if fused and shape.key_len % config.rows else None,
+                    existing=shape.key_len if fused and shape.key_len % config.rows else None, is_first=is_first,
                 )  # fmt: skip
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in found)
 
@@ -206,20 +210,30 @@ def dkv(
                 plgpu.barrier_arrive(q_free.at[now])
                 return r_next, i_next, dk, dv, state, store_sums(r, i, sums)
 
+            lead = rows_at(zero).lead + zero if recipe.cut_once else zero
+
+            def pass_by(n: Any, _: Any) -> None:
+                for ready, free, of in ((q_ready, q_free, q_stages), (do_ready, do_free, do_stages)):
+                    plgpu.barrier_wait(ready.at[slot(n, of)])
+                    plgpu.barrier_arrive(free.at[slot(n, of)])
+
             packed = rows_at(zero).keep_words(zero)
             plgpu.barrier_wait(kv_ready.at[wg])
             clear_own(own, k_own, *([v_own] if needs_v else []))  # fused: ds_ready tells the others
-            start = slot(done, q_stages)
+            if recipe.cut_once:
+                lax.fori_loop(done, done + lead, pass_by, None)
+            begun = done + lead
+            start = slot(begun, q_stages)
             plgpu.barrier_wait(q_ready.at[start])
-            state = probabilities(products.scores(k_own, q_s.at[start]), zero, zero, done, start, packed)
+            state = probabilities(products.scores(k_own, q_s.at[start]), zero, lead, begun, start, packed, is_first=True)
             products.read()
             dk = filled((bk, E), 0.0, TILE) if "dk" in wants else None
             dv = filled((bk, Ev), 0.0, TILE) if "dv" in wants else None
             sums = (filled((bk,), 0.0, ROW),) if adds_up else ()
-            carried = (zero, zero, dk, dv, state, sums)
+            carried = (zero, lead, dk, dv, state, sums)
             if fused:
                 plgpu.barrier_wait(do_ready.at[slot(done, do_stages)])
-            carried = lax.fori_loop(done, end if fused else end - 1, lambda n, carried: step(n, *carried), carried)
+            carried = lax.fori_loop(begun, end if fused else end - 1, lambda n, carried: step(n, *carried), carried)
             if not fused:
                 carried = step(end - 1, *carried, last=True)
             _, _, dk, dv, *_ = carried

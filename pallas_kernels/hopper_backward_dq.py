@@ -18,6 +18,7 @@ Who waits for what, per stage of the ring (a slot holds one tile of K and one of
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -60,6 +61,9 @@ def dq(
     early = config.early and not stores
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
+    if operands.static is not None and operands.bias is None and not recipe.listed:
+        once = visits.cut_once(operands.static, config.rows, bq, shape.query_len, shape.key_len, bk, recipe.leads)
+        recipe = dataclasses.replace(recipe, cut_once=once)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*given: Any, q_s: Any, do_s: Any, k_s: Any, v_s: Any, own_ready: Any, k_ready: Any, v_ready: Any, k_free: Any,
@@ -117,11 +121,22 @@ def dq(
                     store(ds * survivors, i)
                 return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
 
-            packed, (now, v_now) = rows.keep_words(0), (slot(done, of) for of in (stages, v_stages))
+            lead = rows.lead + zero if recipe.cut_once else zero
+            packed, (now, v_now) = rows.keep_words(0), (slot(done + lead, of) for of in (stages, v_stages))
+
+            def pass_by(i: Any, _: Any) -> None:
+                for ready, free, of in ((k_ready, k_free, stages), (v_ready, v_free, v_stages)):
+                    plgpu.barrier_wait(ready.at[slot(done + i, of)])
+                    plgpu.barrier_arrive(free.at[slot(done + i, of)])
+
+            if recipe.cut_once:
+                lax.fori_loop(zero, lead, pass_by, None)
             plgpu.barrier_wait(own_ready.at[wg])
             clear_own(own, q_s.at[wg], do_s.at[wg])
             plgpu.barrier_wait(k_ready.at[now])
-            state = rows.probabilities(products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=zero, number=done, packed=packed)
+            state = rows.probabilities(
+                products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=lead, number=done + lead, packed=packed, is_first=True
+            )  # fmt: skip
             sums, steps = (filled((bq,), 0.0, ROW),) if adds_up else (), rows.walk.steps
 
             def waiting(state: Any) -> Any:
@@ -165,13 +180,13 @@ def dq(
                 plgpu.barrier_wait(v_ready.at[v_now])
                 dp = products.scores(do_s.at[wg], v_s.at[v_now])
                 plgpu.barrier_arrive(v_free.at[v_now])
-                ds, *sums = gradient(state, dp, *sums, i=zero)
+                ds, *sums = gradient(state, dp, *sums, i=lead)
                 waits = ds.astype(dtype)
                 if is_operand:
                     store(waits, zero)
             carried, first = (filled((bq, E), 0.0, TILE), waits, tuple(sums)), 0 if early else 1
             if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
-                carried = lax.fori_loop(first + zero, steps - 1 + first + zero, early_step if early else step, carried)
+                carried = lax.fori_loop(first + lead, steps - 1 + first + zero, early_step if early else step, carried)
             if early:
                 carried = early_step(steps - 1 + zero, carried, last=True)
             if several:

@@ -52,12 +52,13 @@ class GradientRows(Rows):
         packed: list[Any],
         query_words: Callable[[], Any] = lambda: None,
         existing: int | None = None,
+        is_first: bool = False,
     ) -> tuple[Any, ...]:
         """(p, and softcap's slope if there is one) of the products s = q @ k.T of step i.
 
         number: of the step in the ring of bias tiles. top, query_words: make the tiles of what `row_numbers` has of lse, and of
         dropout's words, only where they are wanted: registers are short.
-        existing: rows from there on are no rows; None where what they give is not looked at.
+        existing: rows from there on are no rows; None where what they give is not looked at. is_first: of a walk.
         """
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, slope = recipe.shape, None
@@ -68,7 +69,7 @@ class GradientRows(Rows):
             s, slope = shape.softcap - shape.softcap * y, y * (2 - y)
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
-        if recipe.mask is not None or packed or recipe.ragged:
+        if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cut_once):
             # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
             s = self._cut(s, i, t, packed, always=recipe.drops or cast(WalkConfig, recipe.config).masks_all)
         if existing is not None:

@@ -91,6 +91,7 @@ class Operands:
     arrays: tuple[jax.Array, ...]
     hides: bool = False
     own_hides: bool = False
+    static: Any = None  # the mask, where it has no arrays
 
     @classmethod
     def of(
@@ -142,6 +143,7 @@ class Operands:
         return cls(
             None if mask is None else structure, by_ids, keep_kind, kind, generator, names,
             (*arrays, *given.values()), hides=by_numbers and not transposed, own_hides=by_numbers and transposed,
+            static=None if arrays else mask,
         )  # fmt: skip
 
     @property

@@ -40,6 +40,7 @@ class Recipe:
     is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`). hides, own_hides: whether numbers
     hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
     one tile. cut_once: `visits.cut_once`. bias_crossed: tiles of a bias lie transposed in shared memory.
+    upward: walks begin with the first tile that a slope cuts, not with the last one.
     """
 
     shape: ForwardShape
@@ -56,6 +57,7 @@ class Recipe:
     own_hides: bool = False
     cut_once: bool = False
     bias_crossed: bool = False
+    upward: bool = False
 
     @property
     def drops(self) -> bool:
@@ -157,7 +159,8 @@ def walk_of(recipe: Recipe, refs: Refs, b: Any, h: Any, tile: Any, q_lo: Any, ro
     if recipe.has_ids:
         return visits.RangeWalk(*(refs.table[(*shared(refs.table, b), tile, n)] for n in range(4)))
     shape = recipe.shape
-    return visits.ranges(mask_of(recipe, refs, b), q_lo, rows, shape.query_len, shape.key_len, recipe.config.block_k)
+    mask, upward = mask_of(recipe, refs, b), recipe.upward
+    return visits.ranges(mask, q_lo, rows, shape.query_len, shape.key_len, recipe.config.block_k, upward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Rows:
         if not recipe.listed:  # of the tiles that all warpgroups visit, fewer are partial for one's own rows
             own = walk_of(recipe, refs, b, h, tile, base, config.block_q)
             if recipe.leads:
-                lead = visits.greatest(visits.least(walk.last - own.last, walk.steps - 1), 0)
+                lead = walk.lead(own)
             walk = dataclasses.replace(walk, full_first=own.full_first, full_last=own.full_last)
         if recipe.leaves_out and not (isinstance(walk.steps, int) and walk.steps == 1):
             lead = jnp.where(base < recipe.shape.query_len, np.int32(lead) if isinstance(lead, int) else lead, walk.steps - 1)

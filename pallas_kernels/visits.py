@@ -40,12 +40,14 @@ def greatest(a: Any, b: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RangeWalk:
-    """first, full_first, full_last, last: key tiles; [first, last) is visited, [full_first, full_last) needs no mask."""
+    """first, full_first, full_last, last: key tiles; [first, last) is visited, [full_first, full_last) needs no mask. upward: from
+    the first one on."""
 
     first: Any
     full_first: Any
     full_last: Any
     last: Any
+    upward: bool = False
 
     @property
     def steps(self) -> Any:
@@ -56,7 +58,12 @@ class RangeWalk:
         return dataclasses.replace(self, first=self.last - stop, last=self.last - start)
 
     def tile(self, i: Any) -> Any:
-        return self.last - 1 - i
+        return self.first + i if self.upward else self.last - 1 - i
+
+    def lead(self, own: RangeWalk) -> Any:
+        """How many of its first tiles rows see nothing of, whose own walk is `own`; one step is left to each."""
+        unseen = own.first - self.first if self.upward else self.last - own.last
+        return greatest(least(unseen, self.steps - 1), 0)
 
     def partial(self, i: Any) -> Any:
         return (self.tile(i) < self.full_first) | (self.tile(i) >= self.full_last)
@@ -80,7 +87,7 @@ class ListWalk:
         return (self.ref[(*self.at, i + 1)] & 1) == 1
 
 
-def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> RangeWalk:
+def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int, upward: bool = False) -> RangeWalk:
     """The walk of the rows [q_lo, q_lo + rows), by the mask's own arithmetic. Each an int, an int32 scalar or (B|1,)."""
     lo, hi, full_lo, full_hi = 0, S, 0, S
     if mask is not None:
@@ -93,10 +100,10 @@ def ranges(mask: Any, q_lo: Any, rows: int, L: int, S: int, block_k: int) -> Ran
         first, last = 0, 1
     full_first = least(greatest(divided(full_lo + (block_k - 1), block_k), first), last)
     full_last = least(greatest(divided(full_hi, block_k), full_first), last)
-    return RangeWalk(first, full_first, full_last, last)
+    return RangeWalk(first, full_first, full_last, last, upward)
 
 
-def cut_once(mask: Any, rows: int, block_q: int, L: int, S: int, block_k: int, leads: bool) -> bool:
+def cut_once(mask: Any, rows: int, block_q: int, L: int, S: int, block_k: int, leads: bool, upward: bool = False) -> bool:
     """Whether only the first tile of a walk needs the mask, whichever `block_q` of the `rows` look at it, and that is known now.
 
     leads: these pass by the tiles of which they see nothing (`hopper_scores.Rows.lead`). A causal mask of L = S is such a one.
@@ -104,11 +111,12 @@ def cut_once(mask: Any, rows: int, block_q: int, L: int, S: int, block_k: int, l
     if jax.tree.leaves(mask):
         return False
     for q_lo in range(0, L, rows):
-        walk = ranges(mask, q_lo, rows, L, S, block_k)
+        walk = ranges(mask, q_lo, rows, L, S, block_k, upward)
         for base in range(q_lo, min(q_lo + rows, L), block_q):
             own = ranges(mask, base, block_q, L, S, block_k)
-            begun = walk.last - 1 - (max(0, min(walk.last - own.last, walk.steps - 1)) if leads else 0)
-            if own.full_first > walk.first or own.full_last < begun:
+            begun = walk.tile(walk.lead(own) if leads else 0)
+            first, last = (begun + 1, walk.last) if upward else (walk.first, begun)
+            if first < last and (own.full_first > first or own.full_last < last):
                 return False
     return True
 

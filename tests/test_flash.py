@@ -572,6 +572,28 @@ def test_which_masks_cut_the_first_tile_of_a_walk_alone(name):
             assert kept[:, walk.first * 128 : last * 128].all()
 
 
+@pytest.mark.parametrize(("mask", "L", "S", "block_k", "expected"), [
+    (causal(), 384, 384, 64, True), (causal(), 384, 384, 128, True), (causal(64), 256, 320, 64, True), (causal(), 256, 320, 64, True),
+    (sliding_window(500, 0), 384, 384, 64, True), (sliding_window(100, 0), 384, 384, 64, False), (causal(32), 256, 288, 64, False),
+])  # fmt: skip
+def test_which_masks_cut_the_first_queries_of_a_key_tile_alone(mask, L, S, block_k, expected):
+    """Upward, as the walks of dk and dv are: behind the first tile that a warpgroup's keys visit, no key is hidden."""
+    from pallas_kernels.visits import cut_once, ranges
+
+    mask = mask.with_batch((1,)).transposed()
+    assert cut_once(mask, 128, 64, S, L, block_k, block_k == 64, upward=True) is expected
+    if not expected:
+        return
+    for lo in range(0, S, 128):
+        walk = ranges(mask, lo, 128, S, L, block_k, upward=True)
+        for base in range(lo, min(lo + 128, S), 64):
+            kept = np.asarray(mask.keep(jnp.arange(base, min(base + 64, S))[:, None], jnp.arange(L)[None, :]))
+            lead = walk.lead(ranges(mask, base, 64, S, L, block_k)) if block_k == 64 else 0
+            tiles = [walk.tile(i) for i in range(lead + 1, walk.steps)]
+            assert all(kept[:, t * block_k : (t + 1) * block_k].all() for t in tiles)
+            assert not kept[:, [x for i in range(lead) for x in range(walk.tile(i) * block_k, (walk.tile(i) + 1) * block_k)]].any()
+
+
 @needs_mosaic
 def test_fewer_keys_than_heads_of_a_group():
     """What such heads read is less than a byte for each of them, by the tuning's count."""

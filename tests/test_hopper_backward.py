@@ -104,6 +104,17 @@ OWN = {
     "three query heads a group, causal": lambda: (
         make(200, 264, B=1, Hq=3, Hk=1, E=64, keep=band(200, 264, -1, 0, 64)), {"mask": causal(64), "layout": "BLHE"}
     ),
+    "causal, whole tiles": lambda: (make(256, 256, B=1, Hq=2, E=64, keep=band(256, 256, -1, 0)), {"mask": causal()}),
+    "causal, whole tiles of 128": lambda: (make(192, 192, B=1, Hq=1, E=128, keep=band(192, 192, -1, 0)), {"mask": causal(), "config": SEVERAL}),
+    "causal, whole tiles, a share for each head, dropout": lambda: (
+        make(
+            256, 256, B=1, Hq=2, Hk=1, E=64, keep=band(256, 256, -1, 0), survivors=dropped(jax.random.key(1), 1, 2, 256, 256, 0.3)
+        ),
+        {"mask": causal(), "config": DIVIDED, "key": jax.random.key(1), "p": 0.3},
+    ),
+    "a window longer than the call": lambda: (
+        make(256, 320, B=1, Hq=1, E=64, keep=band(256, 320, 400, 0, 64)), {"mask": sliding_window(400, 0, 64), "config": WIDER}
+    ),
     "keys that no query sees": lambda: (make(72, 392, B=1, Hq=1, E=64, keep=band(72, 392, -1, 0)), {"mask": causal()}),
     "dropout in groups, window, lengths": lambda: (
         make(
