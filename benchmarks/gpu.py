@@ -49,7 +49,9 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
     shapes = (case.batch, case.q_heads, case.query_len, case.head_dim), kv, kv
     arrays = [jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=False)]
     more: Any = None
-    if case.extra.startswith("bool"):
+    if case.extra.startswith("bool padding"):
+        more = jnp.broadcast_to(jnp.arange(S) < S - S // 8, (case.batch, 1, 1, S))
+    elif case.extra.startswith("bool"):
         rows = case.query_len if case.extra.endswith("L,S)") else 1
         more = jax.random.bernoulli(keys[3], 0.7, (case.batch, 1, rows, S))
     elif case.extra.startswith("bias"):
