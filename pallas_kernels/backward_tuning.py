@@ -43,15 +43,17 @@ def backward_config(
     if wide <= 64:
         # beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)
         dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
-        # full, L 16384: 6282 us, not early 6543; causal 2967, 2870
-        dq = dataclasses.replace(dv, early=not masked and not drops)
+        # L 16384: 6282 us, not early 6543; L 2048 causal dq and dkv 979, 1009; L 512 354, 347
+        dq = dataclasses.replace(dv, early=not drops and not (masked and seen <= 512))
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
         if not (deterministic or capped) and head_dim > 48 and min(query_len, seen) >= 1024:
             fused = WalkConfig(**FUSED)  # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
-        dkv = dk = dv = WalkConfig(half=True)  # causal: 3104 us, every tile masked 3262, p in float32 3803
+        # pair, p in float32 / in half precision: L 2048 1263 / 1294 us, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
+        # dropout 3143 / 3559, causal 1530 / 1716; but L 512, whose row tiles stand in one program, 556 / 410, causal 257 / 261
+        dkv = dk = dv = WalkConfig(half=not masked and seen <= 512)
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
             # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 529; L 4096 550 for 504
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
@@ -119,7 +121,7 @@ LESS: tuple[dict[str, Any], ...] = (
     {"brief": 1},
     {"ahead": 0},
     {"block_k": 64},
-    {"warpgroups": 1},
+    {"warpgroups": 1, "registers": (248, 24)},
 )
 """What a configuration gives up, in this order, until it fits the shared memory."""
 

@@ -163,8 +163,9 @@ def dq(
                 nth, packed = done + i, rows.keep_words(i)
                 now, before, v_now = slot(nth, stages), slot(nth - 1, stages), slot(nth, v_stages)
                 plgpu.barrier_wait(k_ready.at[now])
+                own = wg + (lax.optimization_barrier(zero) if several or recipe.drops else 0)  # as in early_step
                 carried = products.queries_step(
-                    q_s.at[wg], k_s.at[now], do_s.at[wg], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
+                    q_s.at[own], k_s.at[now], do_s.at[own], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
                     before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
                     probabilities=lambda s: rows.probabilities(s, lambda: top, i=i, number=nth, packed=packed),
                     gradient=functools.partial(gradient, i=i), sums=sums,
@@ -185,7 +186,10 @@ def dq(
                 if is_operand:
                     store(waits, zero)
             carried, first = (filled((bq, E), 0.0, TILE), waits, tuple(sums)), 0 if early else 1
-            if not (isinstance(steps, int) and steps == 1):  # an empty loop's unused iota would not compile (NOTES.md)
+            loops = not (isinstance(steps, int) and steps == 1)  # an empty loop's unused iota would not compile (NOTES.md)
+            if several:  # as `KeyItem.steps`
+                steps += lax.optimization_barrier(zero)
+            if loops:
                 carried = lax.fori_loop(first + lead, steps - 1 + first + zero, early_step if early else step, carried)
             if early:
                 carried = early_step(steps - 1 + zero, carried, last=True)

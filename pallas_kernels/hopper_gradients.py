@@ -170,6 +170,8 @@ class KeyItem:
     @property
     def steps(self) -> Any:
         zero = 0 * self.key_tile
+        if self.recipe.config.row_tiles > 1:  # a number of steps that is known makes constants of slots, which spill (NOTES.md)
+            zero = lax.optimization_barrier(zero)
         if not self.recipe.listed:
             return self.walk(zero).steps * self.heads + zero
         heads = self.heads  # a dense mask may leave each head other tiles

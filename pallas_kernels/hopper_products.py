@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, hopper_ptx
+from pallas_kernels.hopper_memory import COLUMN, ROW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Wgmma:
             plgpu.commit_smem()
         else:
             hopper_ptx.fence()
+
+    def indices(self, tile: tuple[int, int], axis: int) -> Any:
+        """0 and on along an axis of a tile (rows, columns), int32."""
+        return jnp.arange(tile[axis], dtype=jnp.int32) if self.interpret else hopper_ptx.indices(tile[axis], ROW if axis == 0 else COLUMN)
 
     def widened(self, tile: Any) -> Any:
         """A tile (rows, columns) as float32."""

@@ -78,6 +78,17 @@ def _signed(bits: int) -> int:
     return bits - (1 << 32) if bits >= 1 << 31 else bits
 
 
+def indices(length: int, layout: Any) -> Any:
+    """0 to length - 1, int32. `plgpu.broadcasted_iota` in a layout of one axis does the same, but where nobody uses what it makes
+    Mosaic's layout inference fails (jax 0.11.2), and whether a mask looks at rows or columns is not known here."""
+
+    def count(_: Any) -> Any:
+        return mgpu.FragmentedArray.broadcasted_iota(i32(), (length,), 0, layout.to_mgpu(), is_signed=True)
+
+    run: Any = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((length,), jnp.int32, layout=layout))(count)
+    return run()
+
+
 def fence() -> None:
     """What this thread has read of shared memory comes before what TMA will write there, once that is told.
 

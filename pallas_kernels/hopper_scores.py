@@ -214,7 +214,9 @@ class Rows:
         return self.recipe.config.block_q, self.recipe.config.block_k
 
     def _index(self, axis: int) -> Any:
-        return plgpu.broadcasted_iota(jnp.int32, self._tile, axis, layout=TILE)
+        """Which row, or column, of the tile each number is: spread over it, not made for it, since of a tile's indices LLVM does not
+        see that a row's are all the same, and keeps a register for each (NOTES.md)."""
+        return lax.broadcast_in_dim(self.recipe.products.indices(self._tile, axis), self._tile, [axis])
 
     def _loaded(self, ref: Any, start: Any, length: int, layout: Any, axis: int) -> Any:
         """A stretch of a 1-d operand along one axis of the tile."""
