@@ -41,7 +41,7 @@ class Case:
             return full / 8
         if self.extra == "packed":
             full = 4.0 * self.q_heads * self.head_dim * float((PACKED.astype(float) ** 2).sum())
-        return full / 2 if self.causal else full
+        return full / 2 if self.causal or self.extra.startswith("bool causal") else full
 
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
         """Normal random (query, key, value, cotangent), float32, (B, H, L, E)."""
@@ -80,7 +80,8 @@ GPU_CASES = (
     _gpu("seed 1: B32 H8 L128 D64 f16", (32, 8, 128, 64), dtype="float16"),
     _gpu("seed 2: B32 H32/8 L128 D64 f16", (32, 32, 128, 64), False, 8, dtype="float16"),
     *(_gpu(f"B4 H{H} L4096 D{D} {extra}", (4, H, 4096, D), extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
-      for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "bool padding (B,1,1,S)", "lengths", "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
+      for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "bool padding (B,1,1,S)", "bool causal (1,1,L,S)", "lengths",
+                    "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
     *(_gpu(f"B4 H{H} L4096 D{D} causal {extra}", (4, H, 4096, D), True, extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
       for extra in ("", "dropout")),
     _gpu("B4 H16 L4096 D128 segments", (4, 16, 4096, 128), extra="segments"),

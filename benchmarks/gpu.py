@@ -51,6 +51,8 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
     more: Any = None
     if case.extra.startswith("bool padding"):
         more = jnp.broadcast_to(jnp.arange(S) < S - S // 8, (case.batch, 1, 1, S))
+    elif case.extra.startswith("bool causal"):
+        more = jnp.tril(jnp.ones((1, 1, case.query_len, S), bool))
     elif case.extra.startswith("bool"):
         rows = case.query_len if case.extra.endswith("L,S)") else 1
         more = jax.random.bernoulli(keys[3], 0.7, (case.batch, 1, rows, S))

@@ -98,7 +98,7 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
     found: dict[str, BackwardConfig | None] = {"tuned": None}
     base = backward_tuning.backward_config(
         heads=case.batch * case.q_heads, group=case.q_heads // case.kv_heads, query_len=case.query_len, key_len=case.key_len,
-        head_dim=case.head_dim, value_head_dim=case.head_dim, masked=case.causal, sloped=case.causal,
+        head_dim=case.head_dim, value_head_dim=case.head_dim, masked=case.causal, sloped=case.causal, cut_once=case.causal,
         seen=case.key_len / (1 + case.causal), drops=case.extra == "dropout",
     )  # fmt: skip
 

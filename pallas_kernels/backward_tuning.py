@@ -25,13 +25,14 @@ from pallas_kernels.visits import cdiv
 
 def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
-    sloped: bool = False, seen: float | None = None, drops: bool = False, biased: bool = False, bias_bytes: int = 0,
-    capped: bool = False, deterministic: bool = True,
+    dense: bool = False, sloped: bool = False, cut_once: bool = False, seen: float | None = None, drops: bool = False,
+    biased: bool = False, bias_bytes: int = 0, capped: bool = False, deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked, sloped, seen, drops, bias_bytes: as `tuning.forward_config`'s; biased: there is a bias of any size. capped: there is a
-    softcap. deterministic: the same bits each time, so not the fused kernel.
+    masked, dense, sloped, cut_once, seen, drops, bias_bytes: as `tuning.forward_config`'s, cut_once of walks of queries too;
+    biased: there is a bias of any size. capped: there is a softcap. deterministic: the same bits each time, so not the fused
+    kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
     True
@@ -43,17 +44,21 @@ def backward_config(
     if wide <= 64:
         # beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)
         dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
-        # L 16384: 6282 us, not early 6543; L 2048 causal dq and dkv 979, 1009; L 512 354, 347
-        dq = dataclasses.replace(dv, early=not drops and not (masked and seen <= 512))
+        # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347
+        dq = dataclasses.replace(dv, early=not drops and (not masked or (cut_once and seen > 512)))
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
         if not (deterministic or capped) and head_dim > 48 and min(query_len, seen) >= 1024:
             fused = WalkConfig(**FUSED)  # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
-        # pair, p in float32 / in half precision: L 2048 1263 / 1294 us, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
-        # dropout 3143 / 3559, causal 1530 / 1716; but L 512, whose row tiles stand in one program, 556 / 410, causal 257 / 261
-        dkv = dk = dv = WalkConfig(half=not masked and seen <= 512)
+        # pair, p in float32 / in half precision, us: L 2048 1263 / 1294, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
+        # dropout 3143 / 3559, causal 1530 / 1716; both passes, TFLOP/s: bias 448 / 421, segments 291 / 283, but a window of 1024
+        # 389 / 406. Beside a dense mask (545 / 544), or unmasked at L 512 (398 / 396 us), p in float32 spills.
+        # A slope in the loop, whose tiles come once for each head of a program: L 4096 665 / 600 us, L 8192 2472 / 2565; it spills.
+        own = _shared_out(WalkConfig(), heads // group, key_len, group)
+        cut_often = sloped and not (cut_once and own.split == group)
+        dkv = dk = dv = WalkConfig(half=dense or cut_often or (not masked and seen <= 512))
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
             # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 529; L 4096 550 for 504
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596

@@ -87,8 +87,9 @@ class ForwardConfig:
     row tiles take turns, heaviest first. queries: row tiles whose queries are in memory: with 2, the next one's arrive
     meanwhile as well. q_registers: the queries of the current row tile are in registers, which spares shared memory a third of
     a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup waits for the last PV behind all of its
-    softmax (else where the compiler likes it, early). spread: a mask that is no prefix stands in the loop over key tiles even
-    where only the first one needs it.
+    softmax (else where the compiler likes it, early). pinned_once: so under a dense mask that cuts no more than one tile of a walk.
+    spread: a mask that is no prefix stands in the loop over key tiles even
+    where only the first one needs it. masks_all: every tile is masked, without a branch.
     """
 
     block_q: int = 64
@@ -101,8 +102,10 @@ class ForwardConfig:
     queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
+    pinned_once: bool = False
     spread: bool = False
     q_registers: bool = False
+    masks_all: bool = False
 
     def __post_init__(self) -> None:
         if self.block_q != 64:
@@ -165,7 +168,7 @@ class WalkConfig(ForwardConfig):
     brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
     dv). plain: dq is finished within its step, nothing is in flight under ds (dkv), for want of registers: other warpgroups fill
     the gaps. early: dq's steps are in dk's order, the next scores beside this step's product. half: p waits in half precision for
-    the next step (dk, dv, early dq). masks_all: every tile is masked, without a branch. split: programs among which the query heads
+    the next step (dk, dv, early dq). split: programs among which the query heads
     of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
     block_q keys, one makes dv and the other dk (`hopper_backward_roles`).
     """
@@ -176,7 +179,6 @@ class WalkConfig(ForwardConfig):
     plain: bool = False
     early: bool = False
     half: bool = False
-    masks_all: bool = False
     split: int = 1
     roles: bool = False
 

@@ -76,12 +76,19 @@ def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
     return lax.bitcast_convert_type(jnp.transpose(octets, (0, 1, 3, 2, 5, 4)), jnp.int32)
 
 
-def summary(words: jax.Array, row_tiles: int, key_tiles: int, block_k: int) -> tuple[jax.Array, jax.Array]:
-    """(some, every): whether a tile keeps some of its scores, and all; (B|1, Hq|1, row tiles|1, key tiles|1)."""
+def summary(words: jax.Array, L: int, row_tiles: int, key_tiles: int, block_k: int) -> tuple[jax.Array, jax.Array]:
+    """(some, every): whether a tile keeps some of its scores, and all those of rows below L; (B|1, Hq|1, row tiles|1, key tiles|1).
+
+    Nobody looks at what the other rows see.
+    """
     length, each = words.shape[3:]
     many = 1 if length == 1 else row_tiles  # a broadcast dim is the same for every tile
-    tiles = words.reshape(*words.shape[:3], many, length // many, each)
-    both = lax.reduce(tiles, np.int32(0), lax.bitwise_or, (4, 5)), lax.reduce(tiles, np.int32(-1), lax.bitwise_and, (4, 5))
+    beyond = jnp.where(jnp.arange(length, dtype=jnp.int32) < L, 0, -1)[:, None]
+    parts = (x.reshape(*words.shape[:3], many, length // many, each) for x in (words, words | beyond))
+    both = (
+        lax.reduce(next(parts), np.int32(0), lax.bitwise_or, (4, 5)),
+        lax.reduce(next(parts), np.int32(-1), lax.bitwise_and, (4, 5)),
+    )
     some, every = (jnp.swapaxes(bits, 2, 3) for bits in both)  # (B|1, Hq|1, row tiles|1, pieces)
     if each == 1:
         return some != 0, every == -1
@@ -94,18 +101,21 @@ def summary(words: jax.Array, row_tiles: int, key_tiles: int, block_k: int) -> t
 
 
 def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int) -> jax.Array:
-    """The list of a dense mask, packed (`pack`), and a structured one: its tiles without a kept key are left out."""
+    """The list of a dense mask, packed (`pack`), and a structured one: its tiles without a kept key are left out, and those that
+    are cut come first. Behind the entries stands, in each row, whether no row tile of any head has more than one that is cut."""
     row_tiles, key_tiles = visits.cdiv(L, rows), visits.cdiv(S, block_k)
-    some, every = summary(words, row_tiles, key_tiles, block_k)
+    some, every = summary(words, L, row_tiles, key_tiles, block_k)
     found = visits.table(mask, rows, L, S, block_k)[:, None]  # (B|1, 1, row tiles, 4)
     first, full_first, full_last, last = (found[..., n, None] for n in range(4))
     at = jnp.arange(key_tiles, dtype=jnp.int32)
     visited = some & (at >= first) & (at < last)  # (B|1, Hq|1, row tiles, key tiles)
     full = every & (at >= full_first) & (at < full_last)
-    order = jnp.argsort(jnp.where(visited, key_tiles - 1 - at, key_tiles), axis=-1, stable=True).astype(jnp.int32)
+    rank = jnp.where(full, key_tiles, 0) + key_tiles - 1 - at
+    order = jnp.argsort(jnp.where(visited, rank, 2 * key_tiles), axis=-1, stable=True).astype(jnp.int32)
     count = jnp.maximum(visited.sum(-1, keepdims=True, dtype=jnp.int32), 1)
     partial = jnp.take_along_axis(~full | ~visited, order, axis=-1).astype(jnp.int32)
-    return jnp.concatenate([count, order * 2 + partial], axis=-1)
+    once = (visited & ~full).sum(-1, keepdims=True).max() <= 1
+    return jnp.concatenate([count, order * 2 + partial, jnp.broadcast_to(once.astype(jnp.int32), count.shape)], axis=-1)
 
 
 def unpack(words: Sequence[Any], block_k: int) -> Any:

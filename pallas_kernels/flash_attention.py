@@ -63,7 +63,8 @@ def chosen(*, query_len: int, key_len: int, mask: Any, keep: Any, **facts: Any) 
     sloped, seen = slope(mask, query_len, key_len)
     return tuning.forward_config(
         query_len=query_len, key_len=key_len, masked=mask is not None or keep is not None, sloped=sloped, seen=seen,
-        tiled=keep is not None and dense.kind(keep) == "tile", cut_once=keep is None and cut_once(mask, query_len, key_len),
+        dense=keep is not None, tiled=keep is not None and dense.kind(keep) == "tile",
+        cut_once=keep is None and cut_once(mask, query_len, key_len),
         **facts,
     )  # fmt: skip
 

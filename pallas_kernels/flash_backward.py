@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import backward_tuning, dense
 from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig, has_ids
-from pallas_kernels.flash_attention import hidden_by, longer, slope, up
+from pallas_kernels.flash_attention import cut_once, hidden_by, longer, slope, up
 
 WANTS = ("query", "key", "value")
 
@@ -139,8 +139,10 @@ def chosen(
     """
     sloped, seen = slope(mask, query_len, key_len)
     deterministic = deterministic or bias is not None or has_ids(mask)
+    once = not (dense_mask or jax.tree.leaves(mask)) and bias is None and query_len % 64 == 0 and cut_once(mask, query_len, key_len)
     return backward_tuning.backward_config(
-        query_len=query_len, key_len=key_len, masked=mask is not None or dense_mask, sloped=sloped, seen=seen,
+        query_len=query_len, key_len=key_len, masked=mask is not None or dense_mask, dense=dense_mask, sloped=sloped,
+        cut_once=once, seen=seen,
         biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic, **facts,
     )  # fmt: skip
 

@@ -109,7 +109,8 @@ def dkv(
 
         # Else registers hold where each of 8 or 16 pieces of k and v lies, and spill beside a mask, or dropout's words: D128
         # causal, L 16384: 2966 us, held 3091, L 4096 with dropout 1177, 1276. Without a mask nothing spills: 6204, held 6070.
-        moves = fused or (E > 64 and (several or drops or recipe.mask is not None or recipe.keep_kind is not None or recipe.bias_kind is not None))
+        bare = not (several or drops) and recipe.mask is None and recipe.keep_kind is None and recipe.bias_kind is None
+        moves = fused or (E > 64 and not bare)
 
         def owns(wg: Any) -> tuple[Any, Any]:
             keys = k_s.at[pl.ds(wg * bk, bk)]

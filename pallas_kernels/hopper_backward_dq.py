@@ -138,6 +138,8 @@ def dq(
                 products.scores(q_s.at[wg], k_s.at[now]), lambda: top, i=lead, number=done + lead, packed=packed, is_first=True
             )  # fmt: skip
             sums, steps = (filled((bq,), 0.0, ROW),) if adds_up else (), rows.walk.steps
+            is_known = isinstance(steps, int)
+            moves = (several and is_known) or (recipe.drops and E > 64)
 
             def waiting(state: Any) -> Any:
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in state)
@@ -163,7 +165,7 @@ def dq(
                 nth, packed = done + i, rows.keep_words(i)
                 now, before, v_now = slot(nth, stages), slot(nth - 1, stages), slot(nth, v_stages)
                 plgpu.barrier_wait(k_ready.at[now])
-                own = wg + (lax.optimization_barrier(zero) if several or recipe.drops else 0)  # as in early_step
+                own = wg + (lax.optimization_barrier(zero) if moves else 0)  # as in early_step
                 carried = products.queries_step(
                     q_s.at[own], k_s.at[now], do_s.at[own], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
                     before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
@@ -186,8 +188,8 @@ def dq(
                 if is_operand:
                     store(waits, zero)
             carried, first = (filled((bq, E), 0.0, TILE), waits, tuple(sums)), 0 if early else 1
-            loops = not (isinstance(steps, int) and steps == 1)  # an empty loop's unused iota would not compile (NOTES.md)
-            if several:  # as `KeyItem.steps`
+            loops = not (is_known and steps == 1)  # an empty loop's unused iota would not compile (NOTES.md)
+            if several and is_known:  # as `KeyItem.steps`
                 steps += lax.optimization_barrier(zero)
             if loops:
                 carried = lax.fori_loop(first + lead, steps - 1 + first + zero, early_step if early else step, carried)

@@ -6,8 +6,9 @@ Algorithm: Dao, arXiv:2307.08691, algorithm 1 (rows own their softmax, keys stre
 Grid: programs, each with a few items one after another (`visits.Items`: batch entry, query head, row tile). An item is
 `warpgroups` x 64 query rows of one head, which walk the key tiles that the mask leaves (`visits`), the first one before a loop
 over the others. Where a mask cuts only that one (`Recipe.cuts_first_only`), the loop knows no mask; else a branch in it masks
-the tiles that are cut (two overlapped loops, one masked and one not, would be the usual way: ptxas then serialises every wgmma,
-C7513, NOTES.md).
+the tiles that are cut (two overlapped loops one after another, one masked and one not, would be the usual way: ptxas then
+serialises every wgmma, C7513, NOTES.md). Of a dense mask only the list knows which it is: there a program has both, and takes
+one of them for all of its items.
 
 Who waits for what: the ring of K and V (`hopper_keys`) goes round and round over all items, and beside it
 
@@ -150,7 +151,7 @@ def forward(
             def _() -> None:
                 plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_ref.at[b, h, pl.ds(base, bq)])
 
-        def attend(n: Any, done: Any) -> Any:
+        def attend(recipe: Recipe, n: Any, done: Any) -> Any:
             """Item n, `done` tiles into the ring."""
             if several and config.queries == 2:
                 prefetch(n + 1)
@@ -161,7 +162,7 @@ def forward(
                 return q_s.at[q_slot(n)]
 
             acc, m, l = ring.attend(
-                rows, query, done, loop, others=rings[2:], pin=pin_s.at[wg] if config.pinned else None,
+                rows, query, done, loop, others=rings[2:], pin=pin_s.at[wg] if recipe.config.pinned else None,
                 between=(lambda: prefetch(n + 1)) if several and config.queries == 1 else None,
             )  # fmt: skip
             finish(n, acc, m, l)
@@ -170,10 +171,20 @@ def forward(
         def compute() -> None:
             """One computing warpgroup."""
             load_q(0)
-            if several:
-                loop(0, count, attend, zero)
+
+            def attend_all(recipe: Recipe) -> None:
+                if several:
+                    loop(0, count, functools.partial(attend, recipe), zero)
+                else:
+                    attend(recipe, 0, zero)
+
+            if recipe.keep_kind in ("tile", "column") and not recipe.drops and bias is None:
+                once = visits.ListWalk(refs.table, (0, 0, 0)).cut_once
+                pinned = dataclasses.replace(config, pinned=config.pinned or config.pinned_once)
+                pl.when(once)(lambda: attend_all(dataclasses.replace(recipe, config=pinned, cut_once=True)))
+                pl.when(~once)(lambda: attend_all(recipe))
             else:
-                attend(0, zero)
+                attend_all(recipe)
             plgpu.wait_smem_to_gmem(0)
 
         def load(n: Any, done: Any) -> Any:
@@ -222,7 +233,7 @@ def forward(
             **Ring.tiles(shape, config),
             **({"out_s": tile((n_wg, bq), width, dtype)} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
-            **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned else {}),
+            **({"pin_s": smem((n_wg, bq), jnp.float32)} if config.pinned or config.pinned_once else {}),
             "q_ready": barrier(num_barriers=q_slots),
             **Ring.barriers(config, hides=hides or told),
             **({

@@ -32,6 +32,11 @@ from pallas_kernels.online_softmax import LOG2E
 class GradientRows(Rows):
     """The rows of a warpgroup, in a backward kernel."""
 
+    def _index(self, axis: int) -> Any:
+        """Made for one side of the tile and spread over it: of a whole tile's indices LLVM does not see which are the same, keeps a
+        register for each and spills (fused causal D128: 56 bytes). The forward has the registers; its windows are slower so."""
+        return lax.broadcast_in_dim(self.recipe.products.indices(self._tile, axis), self._tile, [axis])
+
     def survivors(self, t: Any, query_words: Any = None) -> Any:
         """The decisions of dropout. query_words: of the columns, as tiles, where those are queries; else of the rows, `words`."""
         generator, seed, p = self.recipe.generator, self.refs.seeds[self.b, self.h, 1], self.recipe.shape.dropout_p
@@ -170,10 +175,11 @@ class KeyItem:
     @property
     def steps(self) -> Any:
         zero = 0 * self.key_tile
-        if self.recipe.config.row_tiles > 1:  # a number of steps that is known makes constants of slots, which spill (NOTES.md)
-            zero = lax.optimization_barrier(zero)
         if not self.recipe.listed:
-            return self.walk(zero).steps * self.heads + zero
+            steps = self.walk(zero).steps * self.heads
+            if self.recipe.config.row_tiles > 1 and isinstance(steps, int):  # what is known of slots then spills (NOTES.md)
+                zero = lax.optimization_barrier(zero)
+            return steps + zero
         heads = self.heads  # a dense mask may leave each head other tiles
         counts = (self.walk(zero + r).steps for r in range(visits.cdiv(self.group, self.split)))
         return sum((n if self.split == 1 else jnp.where(r < heads, n, zero) for r, n in enumerate(counts)), zero)

@@ -92,7 +92,7 @@ class Ring:
         query: waits for the queries' tile in shared memory and gives it; others: rings that hold a tile for each step too; pin: as
         `Wgmma.step`'s; between: called where the queries have been read and one product is left.
         """
-        recipe = self.recipe
+        recipe = rows.recipe
         config, products = recipe.config, recipe.products
         stages, tile_of_rows = config.stages, (config.block_q, recipe.shape.value_head_dim)
 
@@ -106,7 +106,7 @@ class Ring:
         def step(i: Any, state: Any) -> Any:
             acc, m, l, p = state
             now, before = slot(done + i, stages), slot(done + i - 1, stages)
-            packed = rows.keep_words(i)
+            packed = [] if recipe.cuts_first_only else rows.keep_words(i)
             plgpu.barrier_wait(self.k_ready.at[now])
             acc, (m, l, shrink, p) = products.step(
                 q, self.k_s.at[now], acc, p, self.v_s.at[before],

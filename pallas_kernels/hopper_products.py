@@ -54,7 +54,9 @@ class Wgmma:
 
     def indices(self, tile: tuple[int, int], axis: int) -> Any:
         """0 and on along an axis of a tile (rows, columns), int32."""
-        return jnp.arange(tile[axis], dtype=jnp.int32) if self.interpret else hopper_ptx.indices(tile[axis], ROW if axis == 0 else COLUMN)
+        if self.interpret:
+            return jnp.arange(tile[axis], dtype=jnp.int32)
+        return hopper_ptx.indices(tile[axis], COLUMN if axis else ROW)
 
     def widened(self, tile: Any) -> Any:
         """A tile (rows, columns) as float32."""

@@ -75,7 +75,7 @@ class Recipe:
     @property
     def cuts_first_only(self) -> bool:
         """Whether no tile but the first of a walk needs the mask."""
-        return (self.is_prefix or self.cut_once) and self.keep_kind is None
+        return self.cut_once or (self.is_prefix and self.keep_kind is None)
 
     @property
     def leads(self) -> bool:
@@ -214,9 +214,7 @@ class Rows:
         return self.recipe.config.block_q, self.recipe.config.block_k
 
     def _index(self, axis: int) -> Any:
-        """Which row, or column, of the tile each number is: spread over it, not made for it, since of a tile's indices LLVM does not
-        see that a row's are all the same, and keeps a register for each (NOTES.md)."""
-        return lax.broadcast_in_dim(self.recipe.products.indices(self._tile, axis), self._tile, [axis])
+        return plgpu.broadcasted_iota(jnp.int32, self._tile, axis, layout=TILE)
 
     def _loaded(self, ref: Any, start: Any, length: int, layout: Any, axis: int) -> Any:
         """A stretch of a 1-d operand along one axis of the tile."""
@@ -343,7 +341,8 @@ class Rows:
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
-            s = self._cut(s, i, t, packed, always=recipe.drops)  # beside the words of dropout a branch spills
+            always = recipe.drops or recipe.config.masks_all  # beside the words of dropout a branch spills
+            s = self._cut(s, i, t, packed, always=always)
         m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
         if recipe.drops:
             a, c = self.words

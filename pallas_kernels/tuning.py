@@ -17,15 +17,15 @@ THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, group: int = 1, masked: bool = False,
-    sloped: bool = False, cut_once: bool = False, seen: float | None = None, tiled: bool = False, drops: bool = False,
-    bias_bytes: int = 0,
+    sloped: bool = False, cut_once: bool = False, seen: float | None = None, dense: bool = False, tiled: bool = False,
+    drops: bool = False, bias_bytes: int = 0,
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads, `group` of them to a key/value head, of these lengths and head dims.
 
     masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of which only a
     walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row tile visits the tiles, on average, all of
-    them if not said; tiled: a dense mask as large as the scores; drops: dropout; bias_bytes: of an element of a bias as large
-    as the scores, 0 without one.
+    them if not said; dense: a mask that is an array; tiled: and as large as the scores; drops: dropout; bias_bytes: of an
+    element of a bias as large as the scores, 0 without one.
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16
@@ -36,9 +36,10 @@ def forward_config(
     if wide <= 64:
         config = _narrow(query_len, steps, masked, sloped, cut_once, drops)
     elif wide <= 128:
-        config = _middle(steps, sloped, cut_once, drops, bias_bytes)
+        config = _middle(steps, sloped, cut_once, dense, drops, bias_bytes)
     else:
-        config = ForwardConfig(block_k=64)
+        # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
+        config = ForwardConfig(block_k=64, masks_all=dense)
     resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
     row_tiles = min(resident, _most_row_tiles(seen, steps, wide, sloped, tiled, drops))
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=2 if row_tiles > 1 else 1)
@@ -111,7 +112,7 @@ def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: 
     return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2)
 
 
-def _middle(steps: float, sloped: bool, cut_once: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
+def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
     """D128. Queries in registers: without a mask 734 TFLOP/s, else 718; beside a slope's coordinates in the loop they spill; with
     dropout 520, else 529.
 
@@ -121,7 +122,10 @@ def _middle(steps: float, sloped: bool, cut_once: bool, drops: bool, bias_bytes:
     loop: causal L 512 388 to 370. All on an H200, 2026-11-24 to 27.
     """
     once = cut_once and steps > 3 and not drops and bias_bytes == 0
-    return ForwardConfig(q_registers=once or not (sloped or drops), pinned=once, spread=steps <= 3)
+    return ForwardConfig(
+        q_registers=once or not (sloped or drops), pinned=once, pinned_once=dense and not drops and bias_bytes == 0,
+        spread=steps <= 3,
+    )  # fmt: skip
 
 
 def _most_row_tiles(seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool) -> int:

@@ -71,7 +71,7 @@ class RangeWalk:
 
 @dataclasses.dataclass(frozen=True)
 class ListWalk:
-    """`ref[at]` is a row of a list."""
+    """`ref[at]` is a row of a list (`dense.listed`)."""
 
     ref: Any
     at: tuple[Any, ...]
@@ -79,6 +79,11 @@ class ListWalk:
     @property
     def steps(self) -> Any:
         return self.ref[(*self.at, 0)]
+
+    @property
+    def cut_once(self) -> Any:
+        """Whether no walk of the list has more than one tile that is cut, its first one."""
+        return self.ref[(*self.at, self.ref.shape[-1] - 1)] == 1
 
     def tile(self, i: Any) -> Any:
         return lax.shift_right_logical(self.ref[(*self.at, i + 1)], np.int32(1))

@@ -166,6 +166,16 @@ CASES = {
     ),
     "dense mask of keys": lambda: (masked_by(72, 200, keep := dense(2, 1, 1, 200)), {"keep": keep}),
     "dense mask of queries, narrow": lambda: (masked_by(72, 200, keep := dense(1, 2, 72, 1)), {"keep": keep, "config": NARROW}),
+    "dense mask of keys, padding before and behind": lambda: (
+        masked_by(72, 264, keep := lengths(72, 264, [150, 264], [0, 70])[:, :, :1]), {"keep": keep}
+    ),
+    "dense mask that is causal, several row tiles, pinned": lambda: (
+        masked_by(264, 264, keep := band(264, 264, -1, 0)[None, None], B=1),
+        {"keep": keep, "config": ForwardConfig(row_tiles=2, queries=2, pinned_once=True)},
+    ),
+    "dense mask, every tile masked": lambda: (
+        masked_by(136, 200, keep := dense(1, 2, 136, 200)), {"keep": keep, "config": ForwardConfig(block_k=64, masks_all=True)}
+    ),
     "dense mask, all False": lambda: (masked_by(72, 136, keep := np.zeros((1, 1, 72, 136), bool)), {"keep": keep}),
     "bias, bfloat16": lambda: (make(200, 272, B=2, Hq=2, E=64, bias=biased(2, 2, 200, 272, dtype=jnp.bfloat16)), {}),
     "bias, float32, shared by the heads, causal": lambda: (

@@ -41,9 +41,40 @@ def test_words_stand_for_their_bools_and_the_rest_is_masked(L, S, rows, block_k)
     np.testing.assert_array_equal(picture(words, length, columns), wanted)
     row_tiles = -(-length // rows)
     by_tile = wanted[..., : tiles * block_k].reshape(2, 1, row_tiles, length // row_tiles, tiles, block_k)
-    some, every = dense.summary(words, row_tiles, tiles, block_k)
+    some, every = dense.summary(words, L, row_tiles, tiles, block_k)
     np.testing.assert_array_equal(some, by_tile.any((3, 5)))
-    np.testing.assert_array_equal(every, by_tile.all((3, 5)))
+    beyond = (np.arange(length) >= L).reshape(row_tiles, -1, 1, 1)
+    np.testing.assert_array_equal(every, (by_tile | beyond).all((3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "once"),
+    [
+        ("random", False),
+        ("causal", True),
+        ("padding", True),
+        ("two tiles of a row cut", False),
+        ("nothing", True),
+        ("everything", True),
+    ],
+)
+def test_a_list_has_the_tiles_that_are_cut_first_and_knows_whether_there_is_but_one(name, once):
+    L, S = 200, 512
+    q, k = np.arange(L)[:, None], np.arange(S)[None, :]
+    keep = {
+        "random": drawn(L, S), "causal": k <= q + 128, "padding": (k >= 130) & (q >= 0), "two tiles of a row cut": (k > 5) & (k < 500),
+        "nothing": np.zeros((L, S), bool), "everything": np.ones((L, S), bool),
+    }[name]  # fmt: skip
+    keep = np.broadcast_to(keep, (1, 1, L, S))
+    table = np.asarray(dense.listed(dense.pack(jnp.asarray(keep), 128, 128), None, 128, L, S, 128))
+    assert (table[..., -1] == once).all()
+    for row, rows in enumerate((keep[0, 0, :128], keep[0, 0, 128:])):
+        steps, *entries = table[0, 0, row, :-1]
+        tiles = {t: rows[:, 128 * t : 128 * (t + 1)] for t in range(4)}
+        cut = [t for t in (3, 2, 1, 0) if tiles[t].any() and not tiles[t].all()]
+        full = [t for t in (3, 2, 1, 0) if tiles[t].all()]
+        wanted = [2 * t + 1 for t in cut] + [2 * t for t in full]
+        assert entries[:steps] == (wanted or [1])  # a step is left to every row tile
 
 
 @pytest.mark.parametrize("block_k", [64, 128, 192, 256])
