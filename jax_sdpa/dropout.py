@@ -168,13 +168,18 @@ def query_words(seed0, seed1, q_idx):
     return a | _U(1), b
 
 
-def key_words(seed1, k_idx):
+KEY_BITS = 9
+"""The bits of a key's index that are its own: keys which differ in these alone share a mix."""
+
+
+def key_words(seed1, k_idx, own=None):
     """A key's word `c`: four keys share one 32-bit mix, and each takes its own multiple of it.
 
         x = (key & ~9) * GOLDEN + seed1;  x ^= x >> 16;  x *= LOWBIAS;  x ^= x >> 15
         c = x * LATTICE ** (2 * bit3(key) + bit0(key))
 
-    k_idx: integer array, absolute positions; uint32 of its shape (broadcast with seed1's). The mix is lowbias32 (Wellons)
+    k_idx: integer array, absolute positions; uint32 of its shape (broadcast with seed1's). own: their KEY_BITS, where k_idx has
+    zeros for them: a kernel may know which are equal without. The mix is lowbias32 (Wellons)
     short of its last multiplication, whose place the query's `a` takes. Keys k, k^1, k^8 and k^9 share it because in a Hopper
     WGMMA accumulator one thread holds columns 8j+2t and 8j+2t+1 for all j, of two rows: the compiler knows bits 0 and 3 of
     the index, sees four equal mixes, and makes one for eight elements. In the transposed tile of a dk/dv kernel c is
@@ -185,7 +190,8 @@ def key_words(seed1, k_idx):
     [2146159355, 1751416807, 318393581]
     """
     k = k_idx.astype(_U)
-    x = (k & ~_U(9)) * _GOLDEN + seed1
+    x = (k & ~_U(KEY_BITS)) * _GOLDEN + seed1
+    k = k if own is None else own.astype(_U)
     x = x ^ (x >> _U(16))
     x = x * _LOWBIAS
     x = x ^ (x >> _U(15))

@@ -44,8 +44,7 @@ class GradientRows(Rows):
             key_words = generator.key_words(seed, self.dropout_position(self.row_indices(), 1))
             return generator.keep_words(*query_words, lax.broadcast_in_dim(key_words, self._tile, [0]), p)
         a, b = (lax.broadcast_in_dim(word, self._tile, [0]) for word in self.words)
-        here, k = self._columns(t)
-        return generator.keep_words(a, b, generator.key_words(seed, self.dropout_position(here + k, 1)), p)
+        return generator.keep_words(a, b, self.key_words(t), p)
 
     def probabilities(
         self,

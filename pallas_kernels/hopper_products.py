@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, hopper_ptx
-from pallas_kernels.hopper_memory import COLUMN, ROW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,11 @@ class Wgmma:
         """0 and on along an axis of a tile (rows, columns), int32."""
         if self.interpret:
             return jnp.arange(tile[axis], dtype=jnp.int32)
-        return hopper_ptx.indices(tile[axis], COLUMN if axis else ROW)
+        return hopper_ptx.columns(tile[1]) if axis else hopper_ptx.rows(tile[0])
+
+    def columns(self, length: int, bits: int) -> Any:
+        """Those bits of 0 to length - 1, along a tile's columns, int32."""
+        return jnp.arange(length, dtype=jnp.int32) & bits if self.interpret else hopper_ptx.columns(length, bits)
 
     def widened(self, tile: Any) -> Any:
         """A tile (rows, columns) as float32."""

@@ -12,7 +12,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 
-from pallas_kernels.hopper_memory import TILE, WORDS
+from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, WORDS
 
 
 def ptx(code: str, constraints: str, results: Sequence[Any], operands: Sequence[Any], *, effects: bool = False) -> list[Any]:
@@ -78,14 +78,34 @@ def _signed(bits: int) -> int:
     return bits - (1 << 32) if bits >= 1 << 31 else bits
 
 
-def indices(length: int, layout: Any) -> Any:
-    """0 to length - 1, int32. `plgpu.broadcasted_iota` in a layout of one axis does the same, but where nobody uses what it makes
-    Mosaic's layout inference fails (jax 0.11.2), and whether a mask looks at rows or columns is not known here."""
+def rows(length: int) -> Any:
+    """0 to length - 1 in ROW, int32. `plgpu.broadcasted_iota` in that layout does the same, but where nobody uses what it makes
+    Mosaic's layout inference fails (jax 0.11.2), and whether a mask looks at rows is not known before it is asked."""
 
     def count(_: Any) -> Any:
-        return mgpu.FragmentedArray.broadcasted_iota(i32(), (length,), 0, layout.to_mgpu(), is_signed=True)
+        return mgpu.FragmentedArray.broadcasted_iota(i32(), (length,), 0, ROW.to_mgpu(), is_signed=True)
 
-    run: Any = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((length,), jnp.int32, layout=layout))(count)
+    run: Any = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((length,), jnp.int32, layout=ROW))(count)
+    return run()
+
+
+def columns(length: int, bits: int = -1) -> Any:
+    """Those bits of 0 to length - 1, in COLUMN, int32: thread t of four has 8j + 2t and the next one.
+
+    Registers whose columns share the bits are one value to LLVM; from Mosaic's own index, which comes by divisions, or from masks
+    applied afterwards, it does not see that (dropout at D128: 22 mixes of a key's index where there are 8)."""
+
+    def count(_: Any) -> Any:
+        thread = op("arith.andi", i32(), mgpu.utils.thread_idx(), mgpu.utils.c(3, i32()))
+        own, pair = op("arith.shli", i32(), thread, mgpu.utils.c(1, i32())), ir.VectorType.get((2,), i32())
+        registers = np.empty((length // 8, 1, 1), object)
+        for j in range(length // 8):
+            both = [mgpu.utils.c((8 * j + e) & bits, i32()) for e in (0, 1)]
+            both = [op("arith.ori", i32(), own, rest) for rest in both] if bits & 6 else both
+            registers[j, 0, 0] = op("vector.from_elements", pair, *both)
+        return mgpu.FragmentedArray(_registers=registers, _layout=COLUMN.to_mgpu(), _is_signed=True)
+
+    run: Any = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((length,), jnp.int32, layout=COLUMN))(count)
     return run()
 
 

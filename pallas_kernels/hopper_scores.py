@@ -206,6 +206,16 @@ class Rows:
         seeds = self.refs.seeds
         return index if seeds.shape[-1] == 2 else index.astype(jnp.uint32) + seeds[self.b, self.h, 2 + of_keys]
 
+    def key_words(self, t: Any) -> Any:
+        """Dropout's words of the keys of tile t. Keys that share a mix share it here too, unless they count from who knows where."""
+        generator, products, n = self.recipe.generator, self.recipe.products, self._tile[1]
+        seed, own = self.refs.seeds[self.b, self.h, 1], generator.KEY_BITS
+        if self.refs.seeds.shape[-1] == 2:
+            words = generator.key_words(seed, products.columns(n, ~own) + t * n, products.columns(n, own))
+        else:
+            words = generator.key_words(seed, self.dropout_position(products.columns(n, -1) + t * n, 1))
+        return lax.broadcast_in_dim(words, self._tile, [1])
+
     def row_indices(self) -> Any:
         return plgpu.broadcasted_iota(jnp.int32, (self.recipe.config.block_q,), 0, layout=ROW) + self.base
 
@@ -346,9 +356,7 @@ class Rows:
         m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
         if recipe.drops:
             a, c = self.words
-            here, k = self._columns(t)
-            key_words = generator.key_words(refs.seeds[self.b, self.h, 1], self.dropout_position(here + k, 1))
-            kept = generator.keep_words(over_columns(a, p), over_columns(c, p), key_words, shape.dropout_p)
+            kept = generator.keep_words(over_columns(a, p), over_columns(c, p), self.key_words(t), shape.dropout_p)
             # the barrier keeps the select on float32: on halves ptxas serialises wgmma (C7513, NOTES.md)
             p = lax.optimization_barrier(jnp.where(kept, p, 0.0))
         return m, l, shrink, p

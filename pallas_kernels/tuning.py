@@ -107,23 +107,23 @@ def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: 
     """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows are too many
     for a length that is far from a multiple of them."""
     if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
-        return ForwardConfig(pinned=sloped and cut_once and drops)  # causal dropout 322 TFLOP/s, not pinned 301, three 292
+        return ForwardConfig(pinned=sloped and cut_once and drops)  # causal dropout 356 TFLOP/s, not pinned 328, three 228
     # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); one item a program 515 to 544
     return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2)
 
 
 def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
-    """D128. Queries in registers: without a mask 734 TFLOP/s, else 718; beside a slope's coordinates in the loop they spill; with
-    dropout 520, else 529.
+    """D128. Queries in registers: without a mask 734 TFLOP/s, else 718; with dropout 576, else 524, causal 547 and 551; beside a
+    slope's coordinates in the loop they spill.
 
     Where only the first tile of a walk is masked, both warpgroups come to wait for products, and to take exponentials, at one time
     (NOTES.md, "Two gaits"), unless `pinned`: key lengths 703 to 648, causal L 4096 657 to 563. Without a mask, or with more in the
-    loop, they take turns by themselves, and pinned loses: dropout 472 to 520. Walks of two or three tiles are better masked in the
+    loop, they take turns by themselves, and pinned loses: dropout 556 to 576. Walks of two or three tiles are better masked in the
     loop: causal L 512 388 to 370. All on an H200, 2026-11-24 to 27.
     """
     once = cut_once and steps > 3 and not drops and bias_bytes == 0
     return ForwardConfig(
-        q_registers=once or not (sloped or drops), pinned=once, pinned_once=dense and not drops and bias_bytes == 0,
+        q_registers=once or not sloped, pinned=once, pinned_once=dense and not drops and bias_bytes == 0,
         spread=steps <= 3,
     )  # fmt: skip
 

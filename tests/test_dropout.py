@@ -94,6 +94,12 @@ def test_numpy_eager_and_jit_agree(p):
     np.testing.assert_array_equal(one_by_one, want)
 
 
+def test_a_keys_own_bits_may_come_beside_its_others():
+    k, own = np.arange(1000, 1300), dropout.KEY_BITS
+    found = dropout.key_words(np.uint32(5), k & ~own, k & own)
+    np.testing.assert_array_equal(found, dropout.key_words(np.uint32(5), k))
+
+
 def test_any_tiling_and_alignment_gives_the_same_bits():
     seeds = dropout.seeds(KEY, 1, 2)
     whole = numpy_block(seeds, 0, 96, 0, 192, 0.3)
