@@ -207,7 +207,7 @@ class Rows:
         return index if seeds.shape[-1] == 2 else index.astype(jnp.uint32) + seeds[self.b, self.h, 2 + of_keys]
 
     def key_words(self, t: Any) -> Any:
-        """Dropout's words of the keys of tile t. Keys that share a mix share it here too, unless they count from who knows where."""
+        """Dropout's words of the keys of tile t, which share mixes here too, unless nobody knows where they count from."""
         generator, products, n = self.recipe.generator, self.recipe.products, self._tile[1]
         seed, own = self.refs.seeds[self.b, self.h, 1], generator.KEY_BITS
         if self.refs.seeds.shape[-1] == 2:
