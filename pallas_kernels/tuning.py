@@ -131,13 +131,12 @@ def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool
 def _most_row_tiles(seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool) -> int:
     """How many row tiles a program takes at most: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
-    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; a dense mask, D128 603, two at a time 592, D256 644 and one 635. Not so
-    where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one 544), where dropout's words spill (359 to 400),
-    and where there is no memory for a second tile's queries and many steps hide what lies between (D256, L 2048: 720 to 734;
-    causal, where row tiles differ, 631 to 556).
+    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; D256 762 to 737, causal 631 to 556; a dense mask, D128 603, two at a time
+    592, D256 644 and one 635. Not so where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one 544), and
+    beside dropout (D64 359 to 400).
     """
     if sloped and seen > 4096:
         return 1
-    if not (sloped or tiled) and ((drops and steps > 6 and wide != 128) or (wide > 128 and steps > 8)):
+    if not (sloped or tiled) and drops and steps > 6 and wide != 128:
         return 1
     return 2**31
