@@ -6,11 +6,11 @@ D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 / 167; causal L2048
 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233; L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 /
 200, causal L2048 493 / 449.
 
-The fused kernel adds to dq in any order, so it is chosen only where it was about 10 % faster than the pair, or more; beside a
-softcap, whose slopes wait in registers too, it has not been timed. Pair / fused, TFLOP/s of the backward alone on an H200,
-2026-11-27: D128 L16384 564 / 658, causal 537 / 623; 32 heads on 8, causal, L8192 529 / 602; L4096 550 / 634, causal 504 / 550;
-L2048 520 / 578, causal 460 / 466; 28 heads on 4, causal, L32768 493 / 567, L4096 489 / 514. D64 L16384 409 / 525, causal 396 /
-526; L2048 366 / 464, causal 339 / 397.
+The fused kernel adds to dq in any order, so it is chosen only where it is about 10 % faster than the pair, or more, or where the
+pair is behind cuDNN (28 heads on 4, L32768); beside a softcap, whose slopes wait in registers too, it has not been timed. Pair /
+fused, TFLOP/s of the backward alone on an H200, 2026-11-27: D128 L16384 568 / 658, causal 582 / 623; 32 heads on 8, causal, L8192
+535 / 602; L4096 550 / 634, causal 553 / 550; L2048 543 / 578, causal 493 / 466; 28 heads on 4, causal, L32768 511 / 567, L4096 490
+/ 514. D64 L16384 409 / 525, causal 407 / 535; L2048 366 / 464, causal 366 / 397.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def backward_config(
         cut_often = sloped and not (cut_once and own.split == group)
         dkv = dk = dv = WalkConfig(half=dense or cut_often or (not masked and seen <= 512))
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
-            # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 529; L 4096 550 for 504
+            # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
     elif wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
