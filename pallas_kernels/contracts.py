@@ -87,9 +87,9 @@ class ForwardConfig:
     row tiles take turns, heaviest first. queries: row tiles whose queries are in memory: with 2, the next one's arrive
     meanwhile as well. q_registers: the queries of the current row tile are in registers, which spares shared memory a third of
     a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup waits for the last PV behind all of its
-    softmax (else where the compiler likes it, early). pinned_once: so under a dense mask that cuts no more than one tile of a walk.
-    spread: a mask that is no prefix stands in the loop over key tiles even
-    where only the first one needs it. masks_all: every tile is masked, without a branch.
+    softmax (else where the compiler likes it, early). pinned_once: so under a dense mask that cuts no more than one tile of a
+    walk. spread: a mask that is no prefix stands in the loop over key tiles even where only the first one needs it. masks_all:
+    every tile is masked, without a branch.
     """
 
     block_q: int = 64
