@@ -83,6 +83,14 @@ def test_the_suites_cases_interpreted(name):
 
 
 @needs_mosaic
+def test_a_bias_beside_a_slope_where_warpgroups_begin_apart_interpreted():
+    """Tiles of the bias are given back by every warpgroup: whoever passed by one, as without a bias, would wait for ever."""
+    bias = np.random.default_rng(2).standard_normal((1, 1, 256, 256)).astype(np.float32)
+    problem = make(256, 256, B=1, Hq=1, E=128, bias=bias, keep=band(256, 256, -1, 0, 0)).rounded("bfloat16")
+    check(problem, interpreted(problem, causal(), gradients=True))
+
+
+@needs_mosaic
 def test_a_part_of_a_call_with_dropout_interpreted():
     """The kernels, forward and both of the backward, count queries and keys from where the part begins in the whole call."""
     key, p, q0, k0 = jax.random.key(1), 0.3, 37, 70
