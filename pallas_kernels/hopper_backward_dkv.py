@@ -79,7 +79,7 @@ def dkv(
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
-    plain = not (fused or recipe.listed or recipe.ragged) and operands.bias is None  # a ring of bias tiles would be passed by as well
+    plain = not (fused or recipe.listed or recipe.ragged) and operands.bias is None  # its ring of tiles would have to be passed by
     if operands.static is not None and plain and split == group:
         upward = dataclasses.replace(recipe, upward=True)
         if visits.cut_once(operands.static, config.rows, bk, shape.key_len, shape.query_len, bq, upward.leads, upward=True):
