@@ -152,6 +152,16 @@ def test_a_bool_mask_of_whole_pieces(shape, E):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("E", [64, 128, 256])
+@pytest.mark.parametrize("shape", [(2, 4, 256, 256), (1, 1, 512, 512), (1, 4, 1, 512)], ids=str)
+def test_a_bias_beside_a_slope(shape, E):
+    bias = np.random.default_rng(E).standard_normal(shape).astype(np.float32)
+    L = shape[3]
+    problem = make(L, L, B=2, Hq=4, Hk=2, E=E, bias=bias, keep=band(L, L, -1, 0, 0)).rounded("bfloat16")
+    check(problem, on_jax(problem, FLASH, mask=causal()))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", SOME)
 def test_values_and_gradients_in_float16_with_x64(name):
     problem, mask, options = in_half(name, "float16")
