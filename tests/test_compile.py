@@ -134,8 +134,8 @@ program = jax.jit(call).lower(x, x, x, x, row, row, array(B, H, L, L, dtype={"bi
 print("temporaries", program.memory_analysis().temp_size_in_bytes)
 """
 
-BACKWARD_SPILLS = {(256, "bias32, dkv"): 8, (128, "fused, causal"): 4}
-"""Bytes of spill stores, the larger one of two assemblers', of jax 0.11.2 and of 0.12.0.1; the 4 are read behind the loop."""
+BACKWARD_SPILLS = {(256, "bias32, dkv"): max(8, 8), (128, "fused, causal"): max(4, 8), (256, "short"): max(0, 4)}
+"""Bytes of spill stores, of two assemblers: jax 0.11.2's, jax 0.12.0.1's. jax 0.11.2's are stored before a loop and read behind."""
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_no_serialised_products_backward_and_few_spills(E, kind, tmp_path):
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     rows = 32 * 8 * 512 if "short" in kind else 8 * 16384
     sums = 4 * rows * E if "fused" in kind else 0  # dq's, float32
-    sums += 2 * 16384 * 16384 + 2**20 if kind == "bool" else 0  # a bit a score for dq, one for dk and dv
+    sums += 2 * 16384 * 16384 + 2**21 if kind == "bool" else 0  # a bit a score for dq, one for dk and dv; numbers for each tile
     assert temporaries <= 4 * per_row * rows + sums + 2**16, temporaries
 
 
