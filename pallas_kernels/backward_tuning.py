@@ -58,7 +58,7 @@ def backward_config(
         # A slope in the loop, whose tiles come once for each head of a program: L 4096 665 / 600 us, L 8192 2472 / 2565; it spills.
         own = _shared_out(WalkConfig(), heads // group, key_len, group)
         cut_often = sloped and not (cut_once and own.split == group)
-        # Beside a softcap, key lengths (607 / 611 TFLOP/s), several heads without a mask it spills more as well: compiled, not timed.
+        # Beside a softcap, key lengths (607 / 611 TFLOP/s), several heads without a mask it spills as well: compiled, not timed.
         often = capped or dense or cut_often or (masked and not sloped)
         dkv = dk = dv = WalkConfig(half=often or (not masked and (seen <= 512 or own.split != group)))
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
