@@ -84,10 +84,10 @@ def summary(words: jax.Array, L: int, row_tiles: int, key_tiles: int, block_k: i
     length, each = words.shape[3:]
     many = 1 if length == 1 else row_tiles  # a broadcast dim is the same for every tile
     beyond = jnp.where(jnp.arange(length, dtype=jnp.int32) < L, 0, -1)[:, None]
-    parts = (x.reshape(*words.shape[:3], many, length // many, each) for x in (words, words | beyond))
+    by_tile = (*words.shape[:3], many, length // many, each)
     both = (
-        lax.reduce(next(parts), np.int32(0), lax.bitwise_or, (4, 5)),
-        lax.reduce(next(parts), np.int32(-1), lax.bitwise_and, (4, 5)),
+        lax.reduce(words.reshape(by_tile), np.int32(0), lax.bitwise_or, (4, 5)),
+        lax.reduce((words | beyond).reshape(by_tile), np.int32(-1), lax.bitwise_and, (4, 5)),
     )
     some, every = (jnp.swapaxes(bits, 2, 3) for bits in both)  # (B|1, Hq|1, row tiles|1, pieces)
     if each == 1:

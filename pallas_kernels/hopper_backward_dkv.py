@@ -44,7 +44,7 @@ from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
 from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, bring_numbers, key_gradients
-from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_program import drain, in_roles, launch, pass_by, slot
 from pallas_kernels.hopper_scores import filled, survivor_scale
 from pallas_kernels.visits import cdiv
 
@@ -79,8 +79,8 @@ def dkv(
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
-    plain = not (fused or recipe.listed or recipe.ragged) and operands.bias is None  # its ring of tiles would have to be passed by
-    if operands.static is not None and plain and split == group:
+    alone = not (fused or recipe.listed or recipe.ragged) and operands.bias is None  # its ring of tiles would have to be passed by
+    if operands.static is not None and alone and split == group:
         upward = dataclasses.replace(recipe, upward=True)
         if visits.cut_once(operands.static, config.rows, bk, shape.key_len, shape.query_len, bq, upward.leads, upward=True):
             recipe = dataclasses.replace(upward, cut_once=True)
@@ -214,16 +214,11 @@ def dkv(
 
             lead = rows_at(zero).lead + zero if recipe.cut_once else zero
 
-            def pass_by(n: Any, _: Any) -> None:
-                for ready, free, of in ((q_ready, q_free, q_stages), (do_ready, do_free, do_stages)):
-                    plgpu.barrier_wait(ready.at[slot(n, of)])
-                    plgpu.barrier_arrive(free.at[slot(n, of)])
-
             packed = rows_at(zero).keep_words(zero)
             plgpu.barrier_wait(kv_ready.at[wg])
             clear_own(own, k_own, *([v_own] if needs_v else []))  # fused: ds_ready tells the others
             if recipe.cut_once:
-                lax.fori_loop(done, done + lead, pass_by, None)
+                pass_by([(q_ready, q_free, q_stages), (do_ready, do_free, do_stages)], done, done + lead)
             begun = done + lead
             start = slot(begun, q_stages)
             plgpu.barrier_wait(q_ready.at[start])

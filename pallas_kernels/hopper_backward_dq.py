@@ -37,7 +37,7 @@ from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any, seen_by_any
 from pallas_kernels.hopper_memory import ROW, TILE, rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
-from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_program import drain, in_roles, launch, pass_by, slot
 from pallas_kernels.hopper_scores import filled, survivor_scale, walk_of
 from pallas_kernels.visits import cdiv
 
@@ -124,13 +124,8 @@ def dq(
             lead = rows.lead + zero if recipe.cut_once else zero
             packed, (now, v_now) = rows.keep_words(0), (slot(done + lead, of) for of in (stages, v_stages))
 
-            def pass_by(i: Any, _: Any) -> None:
-                for ready, free, of in ((k_ready, k_free, stages), (v_ready, v_free, v_stages)):
-                    plgpu.barrier_wait(ready.at[slot(done + i, of)])
-                    plgpu.barrier_arrive(free.at[slot(done + i, of)])
-
             if recipe.cut_once:
-                lax.fori_loop(zero, lead, pass_by, None)
+                pass_by([(k_ready, k_free, stages), (v_ready, v_free, v_stages)], done, done + lead)
             plgpu.barrier_wait(own_ready.at[wg])
             clear_own(own, q_s.at[wg], do_s.at[wg])
             plgpu.barrier_wait(k_ready.at[now])

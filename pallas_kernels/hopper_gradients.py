@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import visits
-from pallas_kernels.contracts import WalkConfig
 from pallas_kernels.hopper_hidden import Part, seen_by_any
 from pallas_kernels.hopper_memory import TILE
 from pallas_kernels.hopper_scores import Recipe, Refs, Rows, scale_at, walk_of
@@ -75,7 +74,7 @@ class GradientRows(Rows):
             s = s + self._addend(t, number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cut_once):
             # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
-            s = self._cut(s, i, t, packed, always=recipe.drops or cast(WalkConfig, recipe.config).masks_all)
+            s = self._cut(s, i, t, packed, always=recipe.drops or recipe.config.masks_all)
         if existing is not None:
             row = self._index(0)
             s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)

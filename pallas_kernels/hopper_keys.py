@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.hopper_hidden import Bits, Span, bring
 from pallas_kernels.hopper_memory import TILE, tile
-from pallas_kernels.hopper_program import slot
+from pallas_kernels.hopper_program import pass_by, slot
 from pallas_kernels.hopper_scores import Recipe, Rows, filled
 from pallas_kernels.online_softmax import over_columns
 
@@ -96,13 +96,6 @@ class Ring:
         config, products = recipe.config, recipe.products
         stages, tile_of_rows = config.stages, (config.block_q, recipe.shape.value_head_dim)
 
-        def pass_by(i: Any, _: Any) -> None:
-            """A tile that this warpgroup's rows see nothing of; every tile is waited for, that phases may be counted."""
-            for ready, free, of in (*self.rings, *others):
-                now = slot(done + i, of)
-                plgpu.barrier_wait(ready.at[now])
-                plgpu.barrier_arrive(free.at[now])
-
         def step(i: Any, state: Any) -> Any:
             acc, m, l, p = state
             now, before = slot(done + i, stages), slot(done + i - 1, stages)
@@ -118,7 +111,7 @@ class Ring:
 
         first = rows.lead
         if not isinstance(first, int):
-            loop(0, first, pass_by, None)
+            pass_by((*self.rings, *others), done, done + first)
         packed, now = rows.keep_words(first), slot(done + first, stages)
         q = query()
         plgpu.barrier_wait(self.k_ready.at[now])

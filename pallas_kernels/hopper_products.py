@@ -53,11 +53,11 @@ class Wgmma:
 
     def indices(self, tile: tuple[int, int], axis: int) -> Any:
         """0 and on along an axis of a tile (rows, columns), int32."""
-        if self.interpret:
-            return jnp.arange(tile[axis], dtype=jnp.int32)
-        return hopper_ptx.columns(tile[1]) if axis else hopper_ptx.rows(tile[0])
+        if axis == 1:
+            return self.columns(tile[1])
+        return jnp.arange(tile[0], dtype=jnp.int32) if self.interpret else hopper_ptx.rows(tile[0])
 
-    def columns(self, length: int, bits: int) -> Any:
+    def columns(self, length: int, bits: int = -1) -> Any:
         """Those bits of 0 to length - 1, along a tile's columns, int32."""
         return jnp.arange(length, dtype=jnp.int32) & bits if self.interpret else hopper_ptx.columns(length, bits)
 

@@ -19,6 +19,18 @@ def slot(n: Any, of: int) -> Any:
     return lax.rem(n, np.int32(of))
 
 
+def pass_by(rings: Sequence[tuple[Any, Any, int]], start: Any, stop: Any) -> None:
+    """A computing warpgroup lets the tiles [start, stop) of rings (ready, free, stages) go, of which it sees nothing: every tile is
+    waited for and given back, in every ring that has one for each step, that phases may be counted."""
+
+    def let_go(n: Any, _: Any) -> None:
+        for ready, free, of in rings:
+            plgpu.barrier_wait(ready.at[slot(n, of)])
+            plgpu.barrier_arrive(free.at[slot(n, of)])
+
+    lax.fori_loop(start, stop, let_go, None)
+
+
 def drain(rings: Sequence[tuple[Any, int]], done: Any, more: int = 0) -> None:
     """The loading warpgroup's last act, after `done` (int32) tiles: every completed phase of the barriers (free, stages) must be
     waited for before the program ends. more: tiles that came behind those, and which nobody gives back."""

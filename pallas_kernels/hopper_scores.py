@@ -213,7 +213,7 @@ class Rows:
         if self.refs.seeds.shape[-1] == 2:
             words = generator.key_words(seed, products.columns(n, ~own) + t * n, products.columns(n, own))
         else:
-            words = generator.key_words(seed, self.dropout_position(products.columns(n, -1) + t * n, 1))
+            words = generator.key_words(seed, self.dropout_position(products.columns(n) + t * n, 1))
         return lax.broadcast_in_dim(words, self._tile, [1])
 
     def row_indices(self) -> Any:

@@ -1,11 +1,11 @@
 """Which key tiles a tile of query rows visits, in which order, and which of them need the mask.
 
-A walk goes from the last key tile to the first and has three answers: `steps`, `tile(i)` and `partial(i)`. What it is read
-from depends on the mask:
+A walk goes from the last key tile to the first (`upward`: the other way; a list: as it says) and has three answers: `steps`,
+`tile(i)` and `partial(i)`. What it is read from depends on the mask:
 
     range   the mask's own arithmetic, inside the kernel: causal, windows, lengths
     table   (B|1, row tiles, 4) int32 from XLA: the same four numbers, where the mask has an id for each position
-    list    (B|1, Hq|1, row tiles|1, 1 + key tiles) int32 from XLA: the count, then 2 * tile + partial: dense masks
+    list    (B|1, Hq|1, row tiles|1, 2 + key tiles) int32 from XLA: the count, 2 * tile + partial, `cut_once`: dense masks
 
 Every walk has at least one step, so that a row which attends to nothing is finished like any other.
 """
