@@ -169,6 +169,13 @@ CASES = {
     "dense mask of keys, padding before and behind": lambda: (
         masked_by(72, 264, keep := lengths(72, 264, [150, 264], [0, 70])[:, :, :1]), {"keep": keep}
     ),
+    "dense mask of keys, padding behind": lambda: (
+        masked_by(72, 264, keep := lengths(72, 264, [150, 256])[:, :, :1]), {"keep": keep}
+    ),
+    "dense mask of keys, padding behind, and a window of whole tiles": lambda: (
+        masked_by(136, 256, keep := lengths(136, 256, [150, 256])[:, :, :1], also=band(136, 256, -1, 0, 120)),
+        {"keep": keep, "mask": causal(120)},
+    ),
     "dense mask that is causal, several row tiles, pinned": lambda: (
         masked_by(264, 264, keep := band(264, 264, -1, 0)[None, None], B=1),
         {"keep": keep, "config": ForwardConfig(row_tiles=2, queries=2, pinned_once=True)},

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_sdpa.attention.bias import causal
 from pallas_kernels import dense, hopper_packing
 
 
@@ -75,6 +76,21 @@ def test_a_list_has_the_tiles_that_are_cut_first_and_knows_whether_there_is_but_
         full = [t for t in (3, 2, 1, 0) if tiles[t].all()]
         wanted = [2 * t + 1 for t in cut] + [2 * t for t in full]
         assert entries[:steps] == (wanted or [1])  # a step is left to every row tile
+
+
+def test_one_head_of_one_batch_entry_or_a_structured_mask_may_cut_a_second_tile():
+    L, S = 128, 512
+    keep = np.broadcast_to(np.arange(S) < 500, (2, 2, L, S)).copy()
+
+    def once(keep, mask=None):
+        table = np.asarray(dense.listed(dense.pack(jnp.asarray(keep), 128, 128), mask, 128, L, S, 128))
+        return np.unique(table[..., -1]).tolist()
+
+    assert once(keep) == [1]
+    assert once(keep[:1, :1, :1], causal(S - L).with_batch((1,))) == [1]  # both cut the last tile
+    assert once(keep[:1, :1, :1], causal(S - L - 64).with_batch((1,))) == [0]
+    keep[1, 0, 5, 3] = False
+    assert once(keep) == [0]
 
 
 @pytest.mark.parametrize("block_k", [64, 128, 192, 256])
