@@ -167,7 +167,7 @@ def _packed_again(out: jax.Array, lse: jax.Array, cu_q: jax.Array, tokens: Any) 
     N, longest, Hq, Ev = out.shape
     t = jnp.arange(tokens, dtype=jnp.int32)
     few = not compat.is_symbolic(tokens) and not compat.is_symbolic(N) and tokens * N <= COMPARED
-    n = jnp.searchsorted(cu_q, t, side="right", method="compare_all" if few else "scan").astype(jnp.int32) - 1
+    n = jnp.searchsorted(cu_q, t, side="right", method="compare_all" if few else "scan_unrolled").astype(jnp.int32) - 1
     inside, n = (n >= 0) & (n < N), jnp.clip(n, 0, max(N - 1, 0))
     i = t - cu_q[n]
     at = n * longest + jnp.minimum(i, longest - 1)

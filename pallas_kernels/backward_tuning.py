@@ -55,12 +55,12 @@ def backward_config(
         # pair, p in float32 / in half precision, us: L 2048 1263 / 1294, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
         # dropout 3143 / 3559, causal 1530 / 1716; both passes, TFLOP/s: bias 448 / 421, segments 291 / 283, but a window of 1024
         # 389 / 406. Beside a dense mask (545 / 544), or unmasked at L 512 (398 / 396 us), p in float32 spills.
-        # A slope in the loop, whose tiles come once for each head of a program: L 4096 665 / 600 us, L 8192 2472 / 2565; it spills.
+        # Nor where a program has key lengths (L 4096 1402 / 1384 us, L 2048 811 / 734), or a share of a group that is no whole part
+        # of it: 28 heads on 4 in 4 shares 889 / 793 us, causal 665 / 600; 32 on 8 700 / 732, causal, L 8192 2472 / 2565. Beside a
+        # softcap 2048 / 2157 us, causal 1048 / 1112.
         own = _shared_out(WalkConfig(), heads // group, key_len, group)
-        cut_often = sloped and not (cut_once and own.split == group)
-        # Beside a softcap, key lengths (607 / 611 TFLOP/s), several heads without a mask it spills as well: compiled, not timed.
-        often = capped or dense or cut_often or (masked and not sloped)
-        dkv = dk = dv = WalkConfig(half=often or (not masked and (seen <= 512 or own.split != group)))
+        often = dense or (sloped and not cut_once) or (masked and not sloped) or group % own.split != 0
+        dkv = dk = dv = WalkConfig(half=often or (not masked and seen <= 512))
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
             # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596

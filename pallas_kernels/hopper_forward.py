@@ -183,8 +183,12 @@ def forward(
             if recipe.keep_kind in ("tile", "column") and not recipe.drops and bias is None:
                 once = visits.ListWalk(refs.table, (0, 0, 0)).cut_once
                 pinned = dataclasses.replace(config, pinned=config.pinned or config.pinned_once)
-                pl.when(once)(lambda: attend_all(dataclasses.replace(recipe, config=pinned, cut_once=True)))
-                pl.when(~once)(lambda: attend_all(recipe))
+                attend_once = functools.partial(attend_all, dataclasses.replace(recipe, config=pinned, cut_once=True))
+                if E > 128:  # 64 keys a tile: of two conditions ptxas has one loop's slots in registers of threads (NOTES.md)
+                    lax.cond(once, attend_once, functools.partial(attend_all, recipe))
+                else:
+                    pl.when(once)(attend_once)
+                    pl.when(~once)(functools.partial(attend_all, recipe))
             else:
                 attend_all(recipe)
             plgpu.wait_smem_to_gmem(0)

@@ -37,6 +37,7 @@ def row_numbers(lse: jax.Array, delta: jax.Array, length: int, row_sum: jax.Arra
     lse is +inf where a row has no keys, or does not exist: p is 0 then for whatever s is finite or -inf.
     """
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse if row_sum is not None else lse * LOG2E)
+    delta = jax.lax.optimization_barrier(delta)  # stacked in the fusion that sums it, B8 H16 L2048 D128: 76 us; so 39 (H200)
     more = length - lse.shape[2]
     wide = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, more)), constant_values=fill)  # noqa: E731
     numbers = [wide(lse, jnp.inf), wide(delta, 0.0)]

@@ -88,9 +88,9 @@ def biased(*shape, dtype=np.float32):
     return np.asarray(jnp.asarray(bias, dtype))
 
 
-def masked_by(L, S, keep, B=2, also=None, **options):
+def masked_by(L, S, keep, B=2, also=None, E=64, **options):
     picture = keep if also is None else keep & also
-    return make(L, S, B=B, Hq=2, E=64, keep=np.broadcast_to(picture, np.broadcast_shapes(picture.shape, (1, 1, L, S))), **options)
+    return make(L, S, B=B, Hq=2, E=E, keep=np.broadcast_to(picture, np.broadcast_shapes(picture.shape, (1, 1, L, S))), **options)
 
 
 def sinks(*values):
@@ -172,6 +172,10 @@ CASES = {
     "dense mask of keys, padding behind": lambda: (
         masked_by(72, 264, keep := lengths(72, 264, [150, 256])[:, :, :1]), {"keep": keep}
     ),
+    "dense mask of keys, padding behind and not, wide heads": lambda: (
+        masked_by(72, 136, keep := lengths(72, 136, [70, 136])[:, :, :1], E=192), {"keep": keep, "config": ForwardConfig(block_k=64, masks_all=True)}
+    ),
+    "dense mask of keys, wide heads": lambda: (masked_by(72, 136, keep := dense(2, 1, 1, 136), E=192), {"keep": keep, "config": ForwardConfig(block_k=64, masks_all=True)}),
     "dense mask of keys, padding behind, and a window of whole tiles": lambda: (
         masked_by(136, 256, keep := lengths(136, 256, [150, 256])[:, :, :1], also=band(136, 256, -1, 0, 120)),
         {"keep": keep, "mask": causal(120)},

@@ -144,6 +144,8 @@ def draw_mask(draw, L, S):
         def ids(n):
             return jnp.asarray(draw(st.lists(ints(-1, 3), min_size=n, max_size=n)), jnp.int32)
 
+        if L == S and draw(st.booleans()):
+            return SegmentIds(ids(L)[jnp.sort(jnp.arange(L) // draw(ints(1, 5)))])  # long runs, some of them padding
         return SegmentIds(ids(L), ids(S))
     if kind == "ranges":
         ends = np.sort([draw(st.lists(ints(0, S), min_size=L, max_size=L)) for _ in range(2)])
@@ -151,6 +153,31 @@ def draw_mask(draw, L, S):
     if kind == "causal bias":
         return CausalBias(draw(st.sampled_from(CausalVariant)), L, S)
     return draw_mask(draw, L, S) & draw_mask(draw, L, S)
+
+
+def test_segments_know_that_keys_are_the_queries_own_and_which_blocks_are_full():
+    ids = jnp.asarray([0] * 8 + [1] * 8 + [-1] * 4 + [2] * 4)
+    mask = SegmentIds(ids)
+    assert mask.same
+    assert SegmentIds(ids, ids).same
+    assert not SegmentIds(ids, ids + 0).same
+    batched = mask.with_batch((3,))
+    for other in (batched, mask.transposed(), mask.padded(2, 4), jax.tree.map(lambda x: x, mask), mask.moved(3)):
+        assert other.same
+    assert jax.jit(lambda mask: mask.same)(mask)
+
+    def full(mask, *block):
+        lo, hi = mask.full_range(*block, 24, 24)
+        return (int(lo), int(hi)) if int(lo) < int(hi) else None
+
+    assert [full(mask, *block) for block in ((0, 8), (2, 6), (8, 16), (20, 24))] == [(0, 8), (0, 8), (8, 16), (20, 24)]
+    assert [full(mask, *block) for block in ((6, 10), (14, 18), (16, 20), (18, 22), (0, 24))] == [None] * 5
+    apart = ids.at[3].set(1)  # another sequence's key among those of this one
+    assert [full(SegmentIds(apart), *block) for block in ((4, 8), (0, 4), (8, 16), (20, 24))] == [None] * 3 + [(20, 24)]
+    assert full(SegmentIds(ids, apart), 4, 8) is None
+    lo, hi = SegmentIds(jnp.stack([ids, apart])).with_batch((2,)).full_range(4, 8, 24, 24)
+    assert [*map(int, lo)] == [0, 0]
+    assert [*map(int, hi)] == [8, 0]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -255,6 +282,8 @@ def test_key_valid_hides_what_nobody_sees():
         np.testing.assert_array_equal(np.broadcast_to(mask.transposed().key_valid(9, 4), 4), queries, err_msg=str(mask))
     ids = SegmentIds(jnp.array([2, 0, -1, 0]), jnp.array([0, 1, 2, -1, 3, 0]))
     np.testing.assert_array_equal(ids.key_valid(4, 6), [1, 0, 1, 0, 0, 1])
+    own = SegmentIds(jnp.array([2, 0, -1, 0]))
+    np.testing.assert_array_equal(own.key_valid(4, 4), [1, 1, 0, 1])
     assert causal(5).key_valid(4, 9) is None
     assert EVERYTHING.key_valid(4, 9) is None
 

@@ -15,12 +15,19 @@ from jax_sdpa.masks.segments import at, longer
 
 
 def _at_most(ascending: jax.Array, values: Any) -> jax.Array:
-    """How many entries of ascending (batch..., n) are at most each of the values (...): int32 (batch..., ...)."""
+    """How many entries of ascending (batch..., n) are at most each of the values (...): int32 (batch..., ...).
+
+    Its log2(n) steps are unrolled: of a loop, which is searchsorted's default, XLA launches every step by itself on a GPU.
+    """
     values = jnp.asarray(values, jnp.int32)
+
+    def of(row: jax.Array) -> jax.Array:
+        return jnp.searchsorted(row, values, side="right", method="scan_unrolled").astype(jnp.int32)
+
     if ascending.ndim == 1:
-        return jnp.searchsorted(ascending, values, side="right").astype(jnp.int32)
+        return of(ascending)
     flat = ascending.reshape(-1, ascending.shape[-1])
-    found = jax.vmap(lambda row: jnp.searchsorted(row, values, side="right"))(flat)
+    found = jax.vmap(of)(flat)
     return found.reshape(*ascending.shape[:-1], *values.shape).astype(jnp.int32)
 
 

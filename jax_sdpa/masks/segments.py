@@ -33,6 +33,7 @@ class SegmentIds(Mask):
     Args:
         query: integer array (batch..., L).
         key: integer array (batch..., S); default: the query's ids (self-attention).
+        same: static; filled in: whether the key's ids are the query's, so that a key that is no padding is seen by its own query.
 
     >>> SegmentIds(jnp.array([0, 0, 1, -1])).materialise(4, 4).astype(int)
     Array([[1, 1, 0, 0],
@@ -43,11 +44,13 @@ class SegmentIds(Mask):
 
     query: Any
     key: Any = None
+    same: bool = dataclasses.field(default=False, kw_only=True)
     arrays = ("query:1", "key:1")
 
     def __post_init__(self) -> None:
-        if self.key is None:
+        if self.key is None or self.key is self.query:
             object.__setattr__(self, "key", self.query)
+            object.__setattr__(self, "same", True)
         for name in ("query", "key"):
             object.__setattr__(self, name, int32(getattr(self, name), f"SegmentIds.{name}"))
             if getattr(self, name).ndim == 0:
@@ -62,7 +65,7 @@ class SegmentIds(Mask):
         return (self,)
 
     def padded(self, more_q: Index, more_k: Index) -> Mask:
-        return SegmentIds(longer(self.query, more_q, -1), longer(self.key, more_k, -1))
+        return dataclasses.replace(self, query=longer(self.query, more_q, -1), key=longer(self.key, more_k, -1))
 
     def local(self, number: Callable[[Any], Any], by_query: Callable[[Any], Any], by_key: Callable[[Any], Any]) -> Self:
         return jax.tree.unflatten(jax.tree.structure(self), [by_query(self.query), by_key(self.key)])
@@ -71,7 +74,7 @@ class SegmentIds(Mask):
         return self
 
     def transposed(self) -> SegmentIds:
-        return SegmentIds(self.key, self.query)
+        return SegmentIds(self.key, self.query, same=self.same)
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         q, k = at(self.query, q_idx), at(self.key, k_idx)
@@ -79,22 +82,41 @@ class SegmentIds(Mask):
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         """The stretch of keys between the first and the last whose id lies between the block's smallest and largest id."""
+        _, _, hit = self._ids_of(q_lo, q_hi, L)
+        return self._stretch(hit, S)
+
+    def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
+        """That stretch, where the block's queries have one id, and no other id stands between its keys; else nothing."""
+        smallest, largest, hit = self._ids_of(q_lo, q_hi, L)
+        position = jnp.arange(L)
+        padding = ((position >= q_lo) & (position < q_hi) & (self.query < 0)).any(-1)
+        lo, hi = self._stretch(hit, S)
+        whole = (smallest == largest)[..., 0] & ~padding & (hit.sum(-1, dtype=jnp.int32) == hi - lo)
+        return lo, jnp.where(whole, hi, lo)
+
+    def _ids_of(self, q_lo: Index, q_hi: Index, L: Index) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(smallest, largest) id of the block's queries, (batch..., 1), and which keys have one between them, (batch..., S)."""
         position, big = jnp.arange(L), jnp.iinfo(self.query.dtype).max
         inside = (position >= q_lo) & (position < q_hi) & (self.query >= 0)
         smallest = jnp.where(inside, self.query, big).min(-1, keepdims=True)
         largest = jnp.where(inside, self.query, -1).max(-1, keepdims=True)
-        hit = (self.key >= smallest) & (self.key <= largest)
+        return smallest, largest, (self.key >= smallest) & (self.key <= largest)
+
+    @staticmethod
+    def _stretch(hit: jax.Array, S: Index) -> tuple[jax.Array, jax.Array]:
         found = hit.any(-1)
         lo = jnp.where(found, jnp.argmax(hit, -1), 0)
         hi = jnp.where(found, S - jnp.argmax(hit[..., ::-1], -1), 0)
         return lo.astype(jnp.int32), hi.astype(jnp.int32)
 
-    def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
-        return 0, 0  # which keys share the one id of a block would cost as much to find as to mask
-
     def key_valid(self, L: Index, S: Index) -> Any:
-        """A key is seen if some query bears its id: in the sorted run of each id, queries come first; no L x S comparison."""
+        """A key is seen if some query bears its id: in the sorted run of each id, queries come first; no L x S comparison.
+
+        Of a part of a call (`same`, but not all of the queries are here), also the keys that queries of other parts see.
+        """
         query, key = jnp.asarray(self.query), jnp.asarray(self.key)
+        if self.same:
+            return key >= 0
         batch = jnp.broadcast_shapes(query.shape[:-1], key.shape[:-1])
         query, key = (jnp.broadcast_to(ids, (*batch, ids.shape[-1])) for ids in (query, key))
         ids, axis = jnp.concatenate([query, key], -1), query.ndim - 1
