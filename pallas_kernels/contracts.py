@@ -168,9 +168,9 @@ class WalkConfig(ForwardConfig):
     brief: tiles in memory of what only one step needs, V or dO; None: stages. ahead: tiles of Q in memory beyond `stages` (dk,
     dv). plain: dq is finished within its step, nothing is in flight under ds (dkv), for want of registers: other warpgroups fill
     the gaps. early: dq's steps are in dk's order, the next scores beside this step's product. half: p waits in half precision for
-    the next step (dk, dv, early dq). split: programs among which the query heads
-    of a group are divided; each has a dk and dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same
-    block_q keys, one makes dv and the other dk (`hopper_backward_roles`).
+    the next step (dk, dv, early dq). split: programs among which the query heads of a group are divided; each has a dk and
+    dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same block_q keys, one makes dv and the other dk
+    (`hopper_backward_roles`).
     """
 
     block_k: int = 64

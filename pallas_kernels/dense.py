@@ -125,9 +125,9 @@ def unpack(words: Sequence[Any], block_k: int) -> Any:
     chosen = jnp.zeros_like(column)
     for n, word in enumerate(words):
         for t in range(4):
-            own = (lax.div(column, keys) == n) & (lax.div(column, 2) % 4 == t)
+            own = (lax.div(column, np.int32(keys)) == n) & (lax.rem(lax.div(column, np.int32(2)), np.int32(4)) == t)
             chosen = jnp.where(own, lax.broadcast_in_dim(word[:, t], column.shape, [0]), chosen)
-    at = lax.div(lax.rem(column, keys), 8) * 2 + column % 2
+    at = lax.div(lax.rem(column, np.int32(keys)), np.int32(8)) * np.int32(2) + lax.rem(column, np.int32(2))
     return lax.shift_right_logical(chosen, at) & 1 == 1
 
 

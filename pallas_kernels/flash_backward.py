@@ -113,9 +113,8 @@ def backward(
                 )  # fmt: skip
             if fused:
                 like = [(*x.shape[:heads_axis], H * own.split, *x.shape[heads_axis + 1 :]) for x in given[1:3]]
-                results, dq_sums = added_into((B, Hq, up(L, own.block_k), up(E, 16)), run, arguments, like, interpret)
-                dq_sums = (dq_sums * (scale_of_sums(scale) * survivors)).astype(query.dtype)
-                found["query"] = dq_sums if heads_axis == 1 else jnp.swapaxes(dq_sums, 1, 2)
+                summed, factor = (B, Hq, up(L, own.block_k), up(E, 16)), scale_of_sums(scale) * survivors
+                results, found["query"] = added_into(summed, run, arguments, like, factor, heads_axis, interpret)
             else:
                 results = run(*arguments)
             if own.split > 1:
@@ -202,18 +201,20 @@ def scale_of_sums(scale: Any) -> Any:
 
 
 def added_into(
-    shape: tuple[int, ...], run: Any, given: list[Any], like: list[tuple[int, ...]], interpret: Any
+    shape: tuple[int, ...], run: Any, given: list[Any], like: list[tuple[int, ...]], factor: Any, heads_axis: int, interpret: Any
 ) -> tuple[list[jax.Array], jax.Array]:
-    """(run's results, of the shapes `like`; the float32 sums of `shape` that it adds up in memory)."""
+    """(run's results, of the shapes `like`; factor * the float32 sums of `shape` that it adds up in memory, in the dtype of what it
+    is given, heads where heads_axis says)."""
     from pallas_kernels import hopper_adding
 
     *lead, length, dim = shape
     if interpret is not None:
         *results, parts = run(*given)
-        return results, jnp.swapaxes(unwritten_as_zero(parts).sum(0), -3, -2).reshape(shape)
+        sums = (jnp.swapaxes(unwritten_as_zero(parts).sum(0), -3, -2).reshape(shape) * factor).astype(given[0].dtype)
+        return results, sums if heads_axis == 1 else jnp.swapaxes(sums, 1, 2)
     start = jnp.zeros((*lead, length // hopper_adding.SIDE, dim // hopper_adding.SIDE, *hopper_adding.PIECE), jnp.float32)
     results, sums = with_reference(run, given, [jax.ShapeDtypeStruct(of, given[0].dtype) for of in like], start)
-    return results, hopper_adding.in_order(sums)
+    return results, hopper_adding.in_order(sums, factor, given[0].dtype, heads_axis)
 
 
 def unwritten_as_zero(x: jax.Array) -> jax.Array:

@@ -57,7 +57,8 @@ def forward(
         mask: a `contracts.Mask`, or None; its leaves, (1,) or (B,) or ids (1|B, length), all int32, are the mask_arrays.
         bias, keep: a float and a bool array (B|1, Hq|1, L|1, S|1), here what has their shape and dtype. A bias as large as the
             scores may be longer by anything.
-        generator: what makes dropout bits, with `query_words`, `key_words`, `keep_words` and `rounded`; None without dropout.
+        generator: what makes dropout bits, with `query_words`, `key_words` (which takes the bits KEY_BITS of an index apart),
+            `keep_words` and `rounded`; None without dropout.
         told: there is a `seen`, `hopper_hidden.seen_keys`, which says whose values may hold anything.
         interpret: `plgpu.InterpretGPUParams` to run it without a GPU.
     """

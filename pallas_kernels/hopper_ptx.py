@@ -98,10 +98,11 @@ def columns(length: int, bits: int = -1) -> Any:
     def count(_: Any) -> Any:
         thread = op("arith.andi", i32(), mgpu.utils.thread_idx(), mgpu.utils.c(3, i32()))
         own, pair = op("arith.shli", i32(), thread, mgpu.utils.c(1, i32())), ir.VectorType.get((2,), i32())
+        own = op("arith.andi", i32(), own, mgpu.utils.c(bits & 6, i32()))
         registers = np.empty((length // 8, 1, 1), object)
         for j in range(length // 8):
             both = [mgpu.utils.c((8 * j + e) & bits, i32()) for e in (0, 1)]
-            both = [op("arith.ori", i32(), own, rest) for rest in both] if bits & 6 else both
+            both = [op("arith.ori", i32(), own, rest) for rest in both] if bits & 6 else both  # else no thread's own
             registers[j, 0, 0] = op("vector.from_elements", pair, *both)
         return mgpu.FragmentedArray(_registers=registers, _layout=COLUMN.to_mgpu(), _is_signed=True)
 

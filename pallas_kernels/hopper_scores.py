@@ -39,7 +39,8 @@ class Recipe:
 
     is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`). hides, own_hides: whether numbers
     hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
-    one tile. cut_once: `visits.cut_once`. bias_crossed: tiles of a bias lie transposed in shared memory.
+    one tile. cut_once: no tile but the first of a walk is cut: `visits.cut_once`, or the list says so (`visits.ListWalk.cut_once`).
+    bias_crossed: tiles of a bias lie transposed in shared memory.
     upward: walks begin with the first tile that a slope cuts, not with the last one.
     """
 

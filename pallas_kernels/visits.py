@@ -55,7 +55,8 @@ class RangeWalk:
 
     def part(self, start: Any, stop: Any) -> RangeWalk:
         """Its steps [start, stop) alone."""
-        return dataclasses.replace(self, first=self.last - stop, last=self.last - start)
+        first, last = (self.first + start, self.first + stop) if self.upward else (self.last - stop, self.last - start)
+        return dataclasses.replace(self, first=first, last=last)
 
     def tile(self, i: Any) -> Any:
         return self.first + i if self.upward else self.last - 1 - i
@@ -82,7 +83,7 @@ class ListWalk:
 
     @property
     def cut_once(self) -> Any:
-        """Whether no walk of the list has more than one tile that is cut, its first one."""
+        """Whether no walk of the list, of any head, has more than one tile that is cut, its first one; the same in every row."""
         return self.ref[(*self.at, self.ref.shape[-1] - 1)] == 1
 
     def tile(self, i: Any) -> Any:

@@ -590,6 +590,15 @@ def test_which_masks_cut_the_first_tile_of_a_walk_alone(name):
             assert kept[:, walk.first * 128 : last * 128].all()
 
 
+@pytest.mark.parametrize("upward", [False, True])
+def test_a_part_of_a_walk_has_its_tiles(upward):
+    from pallas_kernels.visits import RangeWalk
+
+    walk = RangeWalk(3, 4, 6, 9, upward)
+    part = walk.part(1, 4)
+    assert [(part.tile(i), part.partial(i)) for i in range(part.steps)] == [(walk.tile(i), walk.partial(i)) for i in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(("mask", "L", "S", "block_k", "expected"), [
     (causal(), 384, 384, 64, True), (causal(), 384, 384, 128, True), (causal(64), 256, 320, 64, True), (causal(), 256, 320, 64, True),
     (sliding_window(500, 0), 384, 384, 64, True), (sliding_window(100, 0), 384, 384, 64, False), (causal(32), 256, 288, 64, False),

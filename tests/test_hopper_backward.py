@@ -330,3 +330,23 @@ def test_the_kernels_lower_for_cuda_also_with_x64(name):
             run, args = kernels(problem, **options, interpret=False)
             text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") >= 2
+
+
+@pytest.mark.parametrize("of", [pytest.param("kernel", marks=pytest.mark.gpu), "XLA"])
+@pytest.mark.parametrize("heads_axis", [1, 2])
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 3, 5, 2), "float16"), ((3, 1, 2, 1), "bfloat16"), ((1, 2, 1, 3), "bfloat16")])
+def test_sums_in_the_registers_order_are_put_in_order(shape, dtype, heads_axis, of):
+    """Thread 32 w + 4 g + c of a piece has the columns 8 n + 2 c and the next one of its rows 16 w + g and 16 w + g + 8."""
+    from pallas_kernels.hopper_adding import in_order
+
+    B, Hq, rows, columns = shape
+    wanted = np.random.default_rng(0).standard_normal((B, Hq, 64 * rows, 64 * columns)).astype(np.float32)
+    row, column = np.divmod(np.arange(64 * 64), 64)
+    thread = 32 * (row // 16) + 4 * (row % 8) + column % 8 // 2
+    sums = np.zeros((B, Hq, rows, columns, 8, 128, 4), np.float32)
+    pieces = wanted.reshape(B, Hq, rows, 64, columns, 64).transpose(0, 1, 2, 4, 3, 5).reshape(B, Hq, rows, columns, -1)
+    sums[..., column // 8, thread, 2 * (row // 8 % 2) + column % 2] = pieces
+    factor = 0.25 if of == "kernel" else jnp.full((1, 1, 1, 1), 0.25)
+    found = jax.jit(lambda sums: in_order(sums, factor, jnp.dtype(dtype), heads_axis))(sums)
+    wanted = jnp.asarray(0.25 * wanted).astype(dtype)
+    np.testing.assert_array_equal(found, wanted if heads_axis == 1 else jnp.swapaxes(wanted, 1, 2))
