@@ -55,11 +55,11 @@ def backward_config(
         # pair, p in float32 / in half precision, us: L 2048 1263 / 1294, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
         # dropout 3143 / 3559, causal 1530 / 1716; both passes, TFLOP/s: bias 448 / 421, segments 291 / 283, but a window of 1024
         # 389 / 406. Beside a dense mask (545 / 544), or unmasked at L 512 (398 / 396 us), p in float32 spills.
-        # Nor where a program has key lengths (L 4096 1402 / 1384 us, L 2048 811 / 734), or a share of a group that is no whole part
-        # of it: 28 heads on 4 in 4 shares 889 / 793 us, causal 665 / 600; 32 on 8 700 / 732, causal, L 8192 2472 / 2565. Beside a
-        # softcap 2048 / 2157 us, causal 1048 / 1112.
+        # Nor where a program has key lengths (L 4096 1402 / 1384 us, L 2048 811 / 734), or several heads of a group in more than
+        # two shares: 28 on 4 in 4 shares 889 / 793 us, causal 438 / 393; in 2 shares, 32 on 8, 700 / 732, causal 379 / 428, in one,
+        # causal, L 8192, 2472 / 2565. Beside a softcap 2048 / 2157 us, causal 1048 / 1112.
         own = _shared_out(WalkConfig(), heads // group, key_len, group)
-        often = dense or (sloped and not cut_once) or (masked and not sloped) or group % own.split != 0
+        often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < own.split < group
         dkv = dk = dv = WalkConfig(half=often or (not masked and seen <= 512))
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
             # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553

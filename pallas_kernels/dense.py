@@ -68,6 +68,11 @@ def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
     if S == 1:
         return jnp.where(keep[:, :, None], jnp.int32(-1), jnp.int32(0))
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, visits.cdiv(visits.cdiv(S, block_k) * block_k, PIECE) * PIECE - S)))
+    if L == 1:  # few: one reduction of XLA's; for many this takes three times as long
+        apart = keep.reshape(*keep.shape[:2], -1, 1, PIECE // 8, 4, 2)  # of a piece: j, t, e
+        places = np.uint32(1) << np.arange(WORD, dtype=np.uint32).reshape(1, 1, 1, 1, -1, 1, 2)
+        words = jnp.where(apart, places, jnp.uint32(0)).sum((-3, -1), dtype=jnp.uint32)
+        return lax.bitcast_convert_type(words, jnp.int32)
     words = bits(keep)  # of 32 keys: byte j, in it pair t; now byte t, in it pair j: a 4 x 4 matrix of pairs, turned
     for apart, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):  # pairs (j, t + 1) and (j + 1, t); (j, t + 2) and (j + 2, t)
         other = (words ^ (words >> apart)) & jnp.uint32(mask)
