@@ -62,14 +62,21 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
     elif case.extra == "lengths":
         more = KeyLengths(jnp.full((case.batch,), S - S // 8, jnp.int32))
     elif case.extra == "segments":
-        more = SegmentIds(jnp.broadcast_to(jnp.arange(case.query_len) // (case.query_len // 8), (case.batch, case.query_len)))
+        more = jnp.broadcast_to(jnp.arange(case.query_len) // (case.query_len // 8), (case.batch, case.query_len))
     elif case.extra == "packed":
         more = Packed(jnp.asarray(np.r_[0, PACKED.cumsum()], jnp.int32), right=0)
     return arrays, more
 
 
+def mask_of(case: Case, more: Any) -> Any:
+    """What the call takes as its mask; that of segments is made of the ids, as a layer would make it."""
+    if case.extra == "segments":
+        return SegmentIds(more)
+    return sliding_window(1023, 0) if case.extra == "window" else more
+
+
 def ours(case: Case, q: Any, k: Any, v: Any, more: Any) -> jax.Array:
-    mask = sliding_window(1023, 0) if case.extra == "window" else more
+    mask = mask_of(case, more)
     if case.causal and case.extra != "packed":
         mask = causal() if mask is None else causal() & mask
     drop = {"dropout_p": 0.1, "dropout_rng": jax.random.key(1)} if case.extra == "dropout" else {}
@@ -161,7 +168,7 @@ def measure(case: Case, run: Any, rounds: int, jax_nn: bool, backward: bool) -> 
     calls: dict[str, Callable[[], Any]] = {"ours": lambda: run(*given), **peers(case, arrays, more, jax_nn, dout)}
     flops = case.flops * (3.5 if backward else 1)
     row: dict[str, Any] = {"case": case.name, "gflop": flops / 1e9}
-    row["backend"] = str(explain(*arrays, more, enable_gqa=True).backend.name)  # type: ignore[union-attr]
+    row["backend"] = str(explain(*arrays, mask_of(case, more), enable_gqa=True).backend.name)  # type: ignore[union-attr]
     if (reference := exact(case, arrays, more, dout)) is not None:
         row["errors"] = {name: error(name, call(), reference) for name, call in calls.items()}
         if not row["errors"]["ours"] <= 2 * row["errors"].get("torch CUDNN", 5e-3):

@@ -8,12 +8,12 @@ while it rounds them. No shared memory, and nobody waits: a TMA reduce-add would
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
@@ -88,7 +88,9 @@ def put_in_order(heads: int, rows: int, columns: int, heads_axis: int, factor: f
     loads = "".join(
         f"ld.global.nc.v4.f32 {{f{4 * n}, f{4 * n + 1}, f{4 * n + 2}, f{4 * n + 3}}}, [from + {2048 * n}];\n" for n in range(8)
     )
-    scaled = "".join(f"mul.f32 f{i}, f{i}, 0f{struct.pack('>f', factor).hex()};\n" for i in range(32))
+    with np.errstate(over="ignore"):  # beyond float32 it is inf
+        number = np.array(factor, ">f4").tobytes().hex()
+    scaled = "".join(f"mul.f32 f{i}, f{i}, 0f{number};\n" for i in range(32))
     narrow = "".join(
         f"cvt.rn.{kind}x2.f32 {x}{n}, f{4 * n + at + 1}, f{4 * n + at};\n" for n in range(8) for x, at in (("a", 0), ("b", 2))
     )

@@ -350,3 +350,10 @@ def test_sums_in_the_registers_order_are_put_in_order(shape, dtype, heads_axis, 
     found = jax.jit(lambda sums: in_order(sums, factor, jnp.dtype(dtype), heads_axis))(sums)
     wanted = jnp.asarray(0.25 * wanted).astype(dtype)
     np.testing.assert_array_equal(found, wanted if heads_axis == 1 else jnp.swapaxes(wanted, 1, 2))
+
+
+def test_a_factor_beyond_float32_is_infinite():
+    from pallas_kernels.hopper_adding import put_in_order
+
+    for factor, number in ((1e39, "7f800000"), (-0.5, "bf000000")):
+        assert f"f31, 0f{number};" in put_in_order(2, 3, 1, 1, factor, "bf16")

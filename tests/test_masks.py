@@ -155,16 +155,17 @@ def draw_mask(draw, L, S):
     return draw_mask(draw, L, S) & draw_mask(draw, L, S)
 
 
-def test_segments_know_that_keys_are_the_queries_own_and_which_blocks_are_full():
+def test_segments_of_self_attention_are_not_sorted_and_know_which_blocks_are_full():
     ids = jnp.asarray([0] * 8 + [1] * 8 + [-1] * 4 + [2] * 4)
     mask = SegmentIds(ids)
-    assert mask.same
-    assert SegmentIds(ids, ids).same
-    assert not SegmentIds(ids, ids + 0).same
-    batched = mask.with_batch((3,))
-    for other in (batched, mask.transposed(), mask.padded(2, 4), jax.tree.map(lambda x: x, mask), mask.moved(3)):
-        assert other.same
-    assert jax.jit(lambda mask: mask.same)(mask)
+    (own,), (apart,) = mask.parts(24, 24), SegmentIds(ids, ids + 0).parts(24, 24)
+    for one in (own, own.with_batch((3,)), own.transposed(), own.with_batch((3,)).padded(2, 4), jax.tree.map(lambda x: x, own)):
+        assert "sort" not in str(jax.make_jaxpr(lambda one=one: one.key_valid(24, 24))())
+    assert "sort" in str(jax.make_jaxpr(lambda: apart.key_valid(24, 24))())
+    np.testing.assert_array_equal(own.key_valid(24, 24), apart.key_valid(24, 24))
+    for changed in (dataclasses.replace(mask, key=ids + 1), dataclasses.replace(mask, query=ids + 1)):
+        assert type(changed.parts(24, 24)[0]) is SegmentIds  # whose keys are not the queries' any more
+    assert jax.tree.structure(mask) == jax.tree.structure(SegmentIds(ids, ids + 0))
 
     def full(mask, *block):
         lo, hi = mask.full_range(*block, 24, 24)
@@ -282,7 +283,7 @@ def test_key_valid_hides_what_nobody_sees():
         np.testing.assert_array_equal(np.broadcast_to(mask.transposed().key_valid(9, 4), 4), queries, err_msg=str(mask))
     ids = SegmentIds(jnp.array([2, 0, -1, 0]), jnp.array([0, 1, 2, -1, 3, 0]))
     np.testing.assert_array_equal(ids.key_valid(4, 6), [1, 0, 1, 0, 0, 1])
-    own = SegmentIds(jnp.array([2, 0, -1, 0]))
+    (own,) = SegmentIds(jnp.array([2, 0, -1, 0])).parts(4, 4)
     np.testing.assert_array_equal(own.key_valid(4, 4), [1, 1, 0, 1])
     assert causal(5).key_valid(4, 9) is None
     assert EVERYTHING.key_valid(4, 9) is None

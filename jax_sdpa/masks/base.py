@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ class Mask:
     __array_ufunc__ = None  # numpy_array & mask comes to __rand__
 
     arrays: tuple[str, ...] = ()  # the fields that hold arrays, with their rank less the batch dims: "name:rank"
+    title: ClassVar[str | None] = None  # what a user knows it by, where that is not its own name
 
     def __init_subclass__(cls) -> None:
         """Every kind of mask is a pytree: its arrays are children, ints and absent fields are static."""
@@ -109,7 +110,7 @@ class Mask:
         for name, rank in (entry.split(":") for entry in self.arrays):
             array = getattr(self, name)
             if array is not None and not isinstance(array, int):
-                changed[name] = flatten_batch(array, int(rank), batch, f"{type(self).__name__}.{name}")
+                changed[name] = flatten_batch(array, int(rank), batch, f"{self.title or type(self).__name__}.{name}")
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def padded(self, more_q: Index, more_k: Index) -> Mask:

@@ -32,8 +32,8 @@ class SegmentIds(Mask):
 
     Args:
         query: integer array (batch..., L).
-        key: integer array (batch..., S); default: the query's ids (self-attention).
-        same: static; filled in: whether the key's ids are the query's, so that a key that is no padding is seen by its own query.
+        key: integer array (batch..., S); default: the query's ids (self-attention). A mask that is made where it is used, inside of
+            a jitted function, is known to have ids in common; of one that is an argument of it they are sorted to be compared.
 
     >>> SegmentIds(jnp.array([0, 0, 1, -1])).materialise(4, 4).astype(int)
     Array([[1, 1, 0, 0],
@@ -44,15 +44,13 @@ class SegmentIds(Mask):
 
     query: Any
     key: Any = None
-    same: bool = dataclasses.field(default=False, kw_only=True)
     arrays = ("query:1", "key:1")
 
     def __post_init__(self) -> None:
-        if self.key is None or self.key is self.query:
-            object.__setattr__(self, "key", self.query)
-            object.__setattr__(self, "same", True)
+        own = self.key is None or self.key is self.query
+        object.__setattr__(self, "query", int32(self.query, "SegmentIds.query"))
+        object.__setattr__(self, "key", self.query if own else int32(self.key, "SegmentIds.key"))
         for name in ("query", "key"):
-            object.__setattr__(self, name, int32(getattr(self, name), f"SegmentIds.{name}"))
             if getattr(self, name).ndim == 0:
                 raise ValueError(f"SegmentIds.{name} must have one id per position, (batch..., length), got a scalar.")
 
@@ -62,7 +60,7 @@ class SegmentIds(Mask):
                 f"SegmentIds must have one id per query and per key, {L} and {S} here, got {self.query.shape[-1]} and "
                 f"{self.key.shape[-1]}."
             )
-        return (self,)
+        return (_OwnSegments(self.query) if self.key is self.query else self,)
 
     def padded(self, more_q: Index, more_k: Index) -> Mask:
         return dataclasses.replace(self, query=longer(self.query, more_q, -1), key=longer(self.key, more_k, -1))
@@ -74,7 +72,7 @@ class SegmentIds(Mask):
         return self
 
     def transposed(self) -> SegmentIds:
-        return SegmentIds(self.key, self.query, same=self.same)
+        return type(self)(self.key, self.query)
 
     def keep(self, q_idx: Index, k_idx: Index) -> Any:
         q, k = at(self.query, q_idx), at(self.key, k_idx)
@@ -82,15 +80,14 @@ class SegmentIds(Mask):
 
     def kv_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         """The stretch of keys between the first and the last whose id lies between the block's smallest and largest id."""
-        _, _, hit = self._ids_of(q_lo, q_hi, L)
-        return self._stretch(hit, S)
+        return self._stretch(self._ids_of(q_lo, q_hi, L)[2])
 
     def full_range(self, q_lo: Index, q_hi: Index, L: Index, S: Index) -> tuple[Index, Index]:
         """That stretch, where the block's queries have one id, and no other id stands between its keys; else nothing."""
         smallest, largest, hit = self._ids_of(q_lo, q_hi, L)
         position = jnp.arange(L)
         padding = ((position >= q_lo) & (position < q_hi) & (self.query < 0)).any(-1)
-        lo, hi = self._stretch(hit, S)
+        lo, hi = self._stretch(hit)
         whole = (smallest == largest)[..., 0] & ~padding & (hit.sum(-1, dtype=jnp.int32) == hi - lo)
         return lo, jnp.where(whole, hi, lo)
 
@@ -103,20 +100,15 @@ class SegmentIds(Mask):
         return smallest, largest, (self.key >= smallest) & (self.key <= largest)
 
     @staticmethod
-    def _stretch(hit: jax.Array, S: Index) -> tuple[jax.Array, jax.Array]:
-        found = hit.any(-1)
-        lo = jnp.where(found, jnp.argmax(hit, -1), 0)
-        hi = jnp.where(found, S - jnp.argmax(hit[..., ::-1], -1), 0)
-        return lo.astype(jnp.int32), hi.astype(jnp.int32)
+    def _stretch(hit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[first, last + 1) of those hit, (batch...,): two reductions, which XLA makes with `hit` in one."""
+        k = jax.lax.broadcasted_iota(jnp.int32, hit.shape, hit.ndim - 1)
+        hi = jnp.where(hit, k + 1, 0).max(-1)
+        return jnp.minimum(jnp.where(hit, k, hit.shape[-1]).min(-1), hi), hi
 
     def key_valid(self, L: Index, S: Index) -> Any:
-        """A key is seen if some query bears its id: in the sorted run of each id, queries come first; no L x S comparison.
-
-        Of a part of a call (`same`, but not all of the queries are here), also the keys that queries of other parts see.
-        """
+        """A key is seen if some query bears its id: in the sorted run of each id, queries come first; no L x S comparison."""
         query, key = jnp.asarray(self.query), jnp.asarray(self.key)
-        if self.same:
-            return key >= 0
         batch = jnp.broadcast_shapes(query.shape[:-1], key.shape[:-1])
         query, key = (jnp.broadcast_to(ids, (*batch, ids.shape[-1])) for ids in (query, key))
         ids, axis = jnp.concatenate([query, key], -1), query.ndim - 1
@@ -126,3 +118,16 @@ class SegmentIds(Mask):
         run = jax.lax.cummax(jnp.where(first, position, 0), axis)  # where each id's run begins
         seen = (jnp.take_along_axis(origin, run, -1) < L).astype(jnp.int32)
         return (jax.lax.sort((origin, seen), num_keys=1)[1][..., L:] == 1) & (key >= 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnSegments(SegmentIds):
+    """What a call makes of ids that queries and keys have in common: a key that is no padding is seen, by its own query.
+
+    Of a part of a call that goes for all of its keys, those that only queries of other parts see among them.
+    """
+
+    title = "SegmentIds"
+
+    def key_valid(self, L: Index, S: Index) -> Any:
+        return jnp.asarray(self.key) >= 0
