@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 
 from pallas_kernels.hopper_memory import TILE
-from pallas_kernels.hopper_ptx import element, i32, op, ptx
+from pallas_kernels.hopper_ptx import element, i32, op, program, ptx
 
 SIDE = 64
 PIECE = (SIDE // 8, 128, 4)
@@ -60,23 +60,8 @@ def in_order(sums: jax.Array, factor: Any, dtype: Any, heads_axis: int) -> jax.A
         return found if heads_axis == 1 else jnp.swapaxes(found, 1, 2)
     shape = (B, Hq, rows * SIDE) if heads_axis == 1 else (B, rows * SIDE, Hq)
 
-    def kernel(sums: Any, out: Any) -> None:
-        def run(_: Any, *refs: Any) -> None:
-            code = put_in_order(Hq, rows, columns, heads_axis, factor, "f16" if dtype == jnp.float16 else "bf16")
-            ptx(code, "l,l,~{memory}", [], [mgpu.utils.memref_ptr(ref) for ref in refs], effects=True)
-
-        both: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(run)
-        both(sums, out)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((*shape, columns * SIDE), dtype),
-        grid=(B * Hq * rows * columns,),
-        grid_names=("program",),
-        num_threads=1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True),
-    )(sums)
+    code = put_in_order(Hq, rows, columns, heads_axis, factor, "f16" if dtype == jnp.float16 else "bf16")
+    return program(code, jax.ShapeDtypeStruct((*shape, columns * SIDE), dtype), B * Hq * rows * columns)(sums)
 
 
 def put_in_order(heads: int, rows: int, columns: int, heads_axis: int, factor: float, kind: str) -> str:

@@ -13,11 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense
-from pallas_kernels.hopper_ptx import ptx
+from pallas_kernels.hopper_ptx import program
 from pallas_kernels.visits import cdiv
 
 PIECE = dense.PIECE
@@ -44,23 +42,8 @@ def packed(keep: jax.Array, rows: int, block_k: int, *, transposed: bool = False
         length = cdiv(of_rows, rows) * rows
         code, programs = across(of_rows, of_columns, length), length // ROWS
 
-    def kernel(keep: Any, out: Any) -> None:
-        def run(_: Any, keep: Any, out: Any) -> None:
-            at = [mgpu.utils.memref_ptr(ref) for ref in (keep, out)]
-            ptx(code, "l,l,~{memory}", [], at, effects=True)
-
-        both: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(run)
-        both(keep, out)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((*keep.shape[:2], pieces, length, 4), jnp.int32),
-        grid=(heads * programs * pieces,),
-        grid_names=("program",),
-        num_threads=1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True),
-    )(keep)
+    out_type = jax.ShapeDtypeStruct((*keep.shape[:2], pieces, length, 4), jnp.int32)
+    return program(code, out_type, heads * programs * pieces)(keep)
 
 
 def across(L: int, S: int, length: int) -> str:

@@ -29,6 +29,27 @@ def ptx(code: str, constraints: str, results: Sequence[Any], operands: Sequence[
     return [op("llvm.extractvalue", kind, found, position=place) for kind, place in zip(results, at, strict=True)]
 
 
+def program(code: str, out_type: Any, programs: int) -> Any:
+    """A kernel that is PTX alone, as a function of one array: programs of 128 threads, $0 the array's address, $1 the result's."""
+
+    def kernel(given: Any, out: Any) -> None:
+        def run(_: Any, *refs: Any) -> None:
+            ptx(code, "l,l,~{memory}", [], [mgpu.utils.memref_ptr(ref) for ref in refs], effects=True)
+
+        both: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(run)
+        both(given, out)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True),
+    )
+
+
 def op(name: str, result: Any, *operands: Any, **attributes: Any) -> Any:
     """The result of one operation of MLIR."""
     return ir.Operation.create(name, [result], list(operands), attributes).result

@@ -79,7 +79,7 @@ def _read(request: SdpaRequest) -> _Masks:
             if mask.starts is not None:
                 reasons.append("cuDNN attention does not support padding before the queries (QueryLengths with starts).")
         elif not isinstance(mask, Band):
-            reasons.append(f"cuDNN attention does not support {mask.title or type(mask).__name__} masks.")
+            reasons.append(f"cuDNN attention does not support {mask.title} masks.")
         elif not isinstance(mask.offset, int):
             reasons.append("cuDNN attention does not support a causal mask or window with an offset for each sequence.")
         else:

@@ -75,10 +75,11 @@ class Mask:
     __array_ufunc__ = None  # numpy_array & mask comes to __rand__
 
     arrays: tuple[str, ...] = ()  # the fields that hold arrays, with their rank less the batch dims: "name:rank"
-    title: ClassVar[str | None] = None  # what a user knows it by, where that is not its own name
+    title: ClassVar[str]  # what a user knows it by: its own name, where it does not say another
 
     def __init_subclass__(cls) -> None:
         """Every kind of mask is a pytree: its arrays are children, ints and absent fields are static."""
+        cls.title = cls.__dict__.get("title", cls.__name__)
 
         def flatten(mask: Mask) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             fields = [getattr(mask, field.name) for field in dataclasses.fields(mask)]  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ class Mask:
         for name, rank in (entry.split(":") for entry in self.arrays):
             array = getattr(self, name)
             if array is not None and not isinstance(array, int):
-                changed[name] = flatten_batch(array, int(rank), batch, f"{self.title or type(self).__name__}.{name}")
+                changed[name] = flatten_batch(array, int(rank), batch, f"{self.title}.{name}")
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def padded(self, more_q: Index, more_k: Index) -> Mask:
