@@ -26,13 +26,14 @@ from pallas_kernels.visits import cdiv
 def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
     dense: bool = False, sloped: bool = False, cut_once: bool = False, seen: float | None = None, drops: bool = False,
-    biased: bool = False, bias_bytes: int = 0, capped: bool = False, deterministic: bool = True,
+    biased: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False), capped: bool = False,
+    deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked, dense, sloped, cut_once, seen, drops, bias_bytes: as `tuning.forward_config`'s, cut_once of walks of queries too;
-    biased: there is a bias of any size. capped: there is a softcap. deterministic: the same bits each time, so not the fused
-    kernel.
+    masked, dense, sloped, cut_once, seen, drops, bias_bytes, readers: as `tuning.forward_config`'s, cut_once of walks of queries
+    too; biased: there is a bias of any size. capped: there is a softcap. deterministic: the same bits each time, so not the
+    fused kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
     True
@@ -90,10 +91,13 @@ def backward_config(
     dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "biased": biased, "bias_bytes": bias_bytes}
     found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
     for name, one in found.items():
-        if one is not None and sloped and one.row_tiles == 1:
-            row = 2 * (head_dim + value_head_dim)
-            read = row * key_len // group if name == "dq" else row * query_len
-            found[name] = dataclasses.replace(one, together=tuning.side_by_side(tiles[name], read))
+        if one is None:
+            continue
+        row = 2 * (head_dim + value_head_dim)
+        read = row * key_len // group if name == "dq" else row * query_len
+        if sloped and one.row_tiles == 1:
+            one = dataclasses.replace(one, together=tuning.side_by_side(tiles[name], read))
+        found[name] = tuning.beside_readers(one, readers, read)
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
 

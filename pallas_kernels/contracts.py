@@ -84,12 +84,14 @@ class ForwardConfig:
     block_q: query rows of one warpgroup (64: one wgmma). block_k: keys of a tile. stages: tiles of K and of V in flight.
     warpgroups: that compute; one more loads. registers: a thread of (a computing, the loading) warpgroup. row_tiles: of one
     program, one after another: K and V of the next one are on their way while the last one is finished. together: heads whose
-    row tiles take turns, heaviest first. queries: row tiles whose queries are in memory: with 2, the next one's arrive
-    meanwhile as well. q_registers: the queries of the current row tile are in registers, which spares shared memory a third of
-    a product's reads. bias_stages: tiles of a bias in flight. pinned: a warpgroup waits for the last PV behind all of its
-    softmax (else where the compiler likes it, early). pinned_once: so under a dense mask that cuts no more than one tile of a
-    walk. spread: a mask that is no prefix stands in the loop over key tiles even where only the first one needs it. masks_all:
-    every tile is masked, without a branch.
+    row tiles take turns, heaviest first. across: these are one head of several batch entries. queries: row tiles whose queries
+    are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
+    registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a
+    warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early). pinned_once: so under a
+    dense mask that cuts no more than one tile of a walk. spread: a mask that is no prefix stands in the loop over key tiles even
+    where only the first one needs it. masks_all: every tile is masked, without a branch. alone: no warpgroup loads, the first
+    one asks for all tiles before it computes, so the ring has as many stages as there are; registers are then what the assembler
+    needs, and several programs share an SM.
     """
 
     block_q: int = 64
@@ -99,6 +101,7 @@ class ForwardConfig:
     registers: tuple[int, int] = (240, 24)
     row_tiles: int = 1
     together: int = 1
+    across: bool = False
     queries: int = 1
     bias_stages: int = 2
     pinned: bool = False
@@ -106,14 +109,17 @@ class ForwardConfig:
     spread: bool = False
     q_registers: bool = False
     masks_all: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.block_q != 64:
             raise ValueError(f"block_q must be 64, the rows of one wgmma, got {self.block_q}.")
         if self.block_k % 64 or not 64 <= self.block_k <= 256:
             raise ValueError(f"block_k must be 64, 128, 192 or 256, got {self.block_k}.")
-        if self.stages < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages}: one tile computes while another loads.")
+        if self.stages < (least := 1 if self.alone else 2):
+            raise ValueError(f"stages must be at least {least}, got {self.stages}: one tile computes while another loads.")
+        if self.alone and self.row_tiles > 1:
+            raise ValueError(f"a program without a loading warpgroup has one row tile, got row_tiles={self.row_tiles}.")
         if self.row_tiles < 1:
             raise ValueError(f"row_tiles must be at least 1, got {self.row_tiles}.")
         if self.together < 1:
@@ -122,6 +128,8 @@ class ForwardConfig:
             raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}.")
+        if self.alone:
+            return
         threads = 128 * (self.warpgroups + 1)
         at_launch = 65536 // threads // 8 * 8  # what ptxas gives a thread: more than these together and warpgroups wait for ever
         if self.warpgroups * self.registers[0] + self.registers[1] > at_launch * (self.warpgroups + 1):

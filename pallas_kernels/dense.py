@@ -42,6 +42,14 @@ def tile_bytes(bias: Any) -> int:
     return bias.dtype.itemsize if bias is not None and kind(bias) == "tile" else 0
 
 
+def readers(bias: Any, batch: int, heads: int) -> tuple[int, bool]:
+    """(how many heads read the same rows of a bias as large as the scores, whether they are of several batch entries)."""
+    if not tile_bytes(bias):
+        return 1, False
+    of_heads = heads // bias.shape[1]
+    return (of_heads * batch, True) if bias.shape[0] < batch else (of_heads, False)
+
+
 SWIZZLE = 32  # bytes: the narrowest that a tile can have in shared memory, and so what a bias's rows must be a multiple of
 
 

@@ -62,6 +62,7 @@ def backward(
         config = chosen(
             heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=bias,
             dense_mask=keep is not None, drops=drops, capped=softcap is not None, deterministic=deterministic,
+            readers=dense.readers(bias, B, Hq),
         )  # fmt: skip
     given_mask = mask
     if keep is not None:

@@ -76,7 +76,7 @@ def dkv(
     if fused and (several or operands.bias is not None):
         raise ValueError(f"A fused kernel takes one row tile and no bias, got row_tiles {config.row_tiles}.")
     staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
-    items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together)
+    items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
     alone = not (fused or recipe.listed or recipe.ragged) and operands.bias is None  # its ring of tiles would have to be passed by

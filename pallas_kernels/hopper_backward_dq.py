@@ -56,7 +56,7 @@ def dq(
     B, Hq, E, Ev, dtype = shape.batch, shape.q_heads, shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg, stages = config.block_q, config.block_k, config.warpgroups, config.stages
     v_stages = config.brief_stages
-    items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), config.row_tiles, config.together)
+    items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), config.row_tiles, config.together, config.across)
     several = config.row_tiles > 1  # then results leave from memory of their own
     early = config.early and not stores
     products = BackwardWgmma(interpret is not None)

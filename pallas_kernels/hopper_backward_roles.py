@@ -60,7 +60,7 @@ def dkv_in_roles(
     B, H, E, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.dtype
     bk, bq, stages, split = config.block_q, config.block_k, config.stages, config.split
     drops, several = shape.dropout_p > 0, config.row_tiles > 1
-    items = visits.Items(B, H * split, cdiv(shape.key_len, bk), config.row_tiles, config.together)
+    items = visits.Items(B, H * split, cdiv(shape.key_len, bk), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
     at = functools.partial(rows_of, shape.layout)

@@ -65,7 +65,7 @@ def forward(
     B, Hq, L, S = shape.batch, shape.q_heads, shape.query_len, shape.key_len
     E, Ev, dtype = shape.head_dim, shape.value_head_dim, shape.dtype
     bq, bk, n_wg = config.block_q, config.block_k, config.warpgroups
-    items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles, config.together)
+    items = visits.Items(B, Hq, cdiv(L, config.rows), config.row_tiles, config.together, config.across)
     several = config.row_tiles > 1
     own_out = config.own_out(E, Ev)  # results leave from memory of their own, `width` columns at a time; else from q's
     width = config.out_columns(E, Ev)
@@ -80,6 +80,8 @@ def forward(
     if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
     bias_kind = recipe.bias_kind
+    if config.alone and cdiv(S, bk) > min(config.stages, config.bias_stages if bias_kind == "tile" else config.stages):
+        raise ValueError(f"Without a loading warpgroup the ring holds all {cdiv(S, bk)} tiles of keys, got {config}.")
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*operands: Any, q_s: Any, lse_s: Any, q_ready: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None,
@@ -220,7 +222,8 @@ def forward(
 
         def load_all() -> None:
             done = loop(0, count, load, zero) if several else load(0, zero)
-            drain([(free, of) for _, free, of in rings], done)
+            if not config.alone:  # nobody waits for room: the tiles are all there is, and so are their phases
+                drain([(free, of) for _, free, of in rings], done)
 
         in_roles(config, wg, compute, load_all, interpret)
 

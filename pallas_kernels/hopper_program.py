@@ -40,7 +40,12 @@ def drain(rings: Sequence[tuple[Any, int]], done: Any, more: int = 0) -> None:
 
 
 def in_roles(config: ForwardConfig, wg: Any, compute: Callable[[], None], load: Callable[[], None], interpret: Any) -> None:
-    """The first warpgroups compute, the last one loads, each with the registers of its role."""
+    """The first warpgroups compute, the last one loads, each with the registers of its role. Where there is none (`alone`), the
+    first one loads, then computes."""
+    if config.alone:
+        pl.when(wg == 0)(load)
+        compute()
+        return
 
     @pl.when(wg < config.warpgroups)
     def _compute() -> None:
@@ -69,7 +74,7 @@ def launch(
         out_type=list(out_type),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=config.warpgroups + 1,
+        num_threads=config.warpgroups + (not config.alone),
         thread_name="wg",
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(

@@ -18,14 +18,14 @@ THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, group: int = 1, masked: bool = False,
     sloped: bool = False, cut_once: bool = False, seen: float | None = None, dense: bool = False, tiled: bool = False,
-    drops: bool = False, bias_bytes: int = 0,
+    drops: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False),
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads, `group` of them to a key/value head, of these lengths and head dims.
 
     masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of which only a
     walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row tile visits the tiles, on average, all of
     them if not said; dense: a mask that is an array; tiled: and as large as the scores; drops: dropout; bias_bytes: of an
-    element of a bias as large as the scores, 0 without one.
+    element of a bias as large as the scores, 0 without one; readers: of its rows (`dense.readers`).
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16
@@ -33,26 +33,30 @@ def forward_config(
     wide = max(head_dim, value_head_dim)
     seen = key_len if seen is None else seen
     steps = seen / (64 if wide > 128 else 128)
-    if wide <= 64:
+    plain = not (dense or drops or bias_bytes) and masked == sloped
+    brief = _brief(heads, query_len, key_len, wide, sloped, plain)
+    if brief is not None:
+        config = brief
+    elif wide <= 64:
         config = _narrow(query_len, steps, masked, sloped, cut_once, drops)
     elif wide <= 128:
         config = _middle(steps, sloped, cut_once, dense, drops, bias_bytes)
     else:
         # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
         config = ForwardConfig(block_k=64, masks_all=dense)
-    resident = cdiv(heads * cdiv(query_len, config.rows), SMS)
+    resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
     row_tiles = min(resident, _most_row_tiles(seen, steps, wide, sloped, tiled, drops))
     # walks of one tile, D64, L 128: 6.2 us, the next queries in memory as well 6.7; with four query heads to a key head 17.4, 18.6
     queries = 2 if row_tiles > 1 and (steps > 1 or wide > 64) else 1
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=queries)
     config = fitted(config, LESS, lambda config: shared_bytes(config, head_dim, value_head_dim, bias_bytes))
-    if not sloped:
-        return config
     read = 2 * key_len * (head_dim + value_head_dim) // group
-    if config.row_tiles == 1:
-        return dataclasses.replace(config, together=side_by_side(cdiv(query_len, config.rows), read))
-    # 28 heads on 4, L 4096: 634 TFLOP/s, one after the other 571, single row tiles 618; 64 heads of their own 641 and 651
-    return dataclasses.replace(config, together=heads if heads * read <= IN_CACHE else 1)
+    if sloped and config.row_tiles == 1:
+        config = dataclasses.replace(config, together=side_by_side(cdiv(query_len, config.rows), read))
+    elif sloped:
+        # 28 heads on 4, L 4096: 634 TFLOP/s, one after the other 571, single row tiles 618; 64 heads of their own 641 and 651
+        config = dataclasses.replace(config, together=heads if heads * read <= IN_CACHE else 1)
+    return beside_readers(config, readers, read)
 
 
 IN_CACHE = 1 << 24
@@ -70,6 +74,18 @@ def side_by_side(row_tiles: int, read: int) -> int:
     """
     least, most = max(1, SMS // row_tiles), max(1, 2 * SMS // row_tiles)
     return max(least, min(most, IN_CACHE // max(1, read)))
+
+
+def beside_readers(config: Any, readers: tuple[int, bool], read: int) -> Any:
+    """The configuration with heads side by side that read the same rows of a bias, as many as may read so many bytes beside it.
+
+    One of float32 that a batch of 4 shares, B4 L4096, H200, 2026-11-29: D64 254 to 327 TFLOP/s, D128 411 to 461, D256 534 to 563;
+    one batch entry after the other reads it anew from memory, four times.
+    """
+    number, across = readers
+    if number == 1:
+        return config
+    return dataclasses.replace(config, together=max(config.together, min(number, IN_CACHE // read)), across=across)
 
 
 def fitted(config: Any, less: Sequence[dict[str, Any]], needs: Callable[[Any], int]) -> Any:
@@ -103,6 +119,32 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     results = config.rows * config.out_columns(E, Ev) if config.own_out(E, Ev) else 0
     keys = config.stages * config.block_k * (E + Ev)
     return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
+
+
+def _brief(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, plain: bool) -> ForwardConfig | None:
+    """Where a row of keys is a few tiles there is nothing to hide loads under but other programs: then several share an SM, each
+    with all of its tiles under way at once. plain: neither a mask that is no slope, nor dropout, nor a bias.
+
+    H200, 2026-11-29, us, one loading warpgroup for two or three that compute / so: 64 keys of B64 H16 D64 16.6 / 6.6, D128 23.7 /
+    18.7; 128 keys of B32 H8 D64 6.2 / 5.0 (two warpgroups 5.5), of 32 heads on 8 17.1 / 15.3 (19.1), D128 9.4 / 8.0 (one 9.9), of
+    few programs, B8 H16, 5.7 / 5.1 (two 5.6); 192 keys, D64, 12.4 / 10.7. Causal in tiles of 64, D64, L 128 6.7 / 5.0, L 192 11.7 /
+    10.5, L 256 14.7 / 12.2, L 384 22.6 / 30.4; D128, L 128, 15.4 / 16.8. With other masks or dropout nothing is gained at D64, and
+    20 % lost at D128.
+    """
+    if wide > 128:
+        return None
+    if key_len <= 64:
+        return ForwardConfig(alone=True, warpgroups=1, block_k=64, stages=1, bias_stages=1)
+    if not plain:
+        return None
+    if wide <= 64 and sloped and key_len <= 256:
+        return ForwardConfig(alone=True, block_k=64, stages=cdiv(key_len, 64))
+    if sloped or key_len > (192 if wide <= 64 else 128):
+        return None
+    if key_len > 128:
+        return ForwardConfig(alone=True, warpgroups=1, block_k=64, stages=3)
+    many = wide > 64 and query_len > 64 and heads * cdiv(query_len, 128) >= SMS
+    return ForwardConfig(alone=True, warpgroups=2 if many else 1, stages=1)
 
 
 def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool) -> ForwardConfig:

@@ -145,7 +145,9 @@ class Items:
     Heads stand in a row, `together` of them side by side: their heaviest row tiles, then their next ones, and so on. So the
     lightest come last, where SMs run dry, and what is read at one time is still these heads' (`tuning.side_by_side`). With several
     items, program p takes the p-th, then the p-th from behind of the next `programs` ones, and so on: what runs at one time are
-    neighbours, which share K and V in the cache, and under a causal mask a light item follows a heavy one.
+    neighbours, which share K and V in the cache, and under a causal mask a light item follows a heavy one. across: heads stand in
+    the row by their number first, then by batch entry, so that those side by side read the same rows of a bias that the batch
+    shares.
     """
 
     batch: int
@@ -153,6 +155,7 @@ class Items:
     row_tiles: int
     per_program: int
     together: int = 1
+    across: bool = False
 
     @property
     def total(self) -> int:
@@ -191,7 +194,10 @@ class Items:
             if more := heads % side:
                 side = jnp.where(block == blocks - 1, np.int32(side + more), np.int32(side))
         r, head = _divmod(x, side)
-        b, h = _divmod(first + head, self.heads)
+        if self.across:
+            h, b = _divmod(first + head, self.batch)
+        else:
+            b, h = _divmod(first + head, self.heads)
         return b, h, self.row_tiles - 1 - r
 
 

@@ -87,6 +87,11 @@ CLEAN = [
     (SHORT, 64, "causal"),
     (SHORT, 256, "causal"),
     (LONG, 96, "full"),
+    ((32, 8, 64), 128, "full"),
+    ((32, 8, 128), 64, "full"),
+    ((32, 8, 128), 64, "causal"),
+    ((32, 8, 128), 128, "full"),
+    ((32, 8, 64), 64, "bias"),
 ]
 SPILLS = {(LONG, 128, "packed"): max(4, 4)}  # as BACKWARD_SPILLS
 

@@ -531,11 +531,11 @@ def test_row_tiles_leave_no_sm_idle():
 
 @pytest.mark.parametrize("together", [1, 2, 3, 100])
 @pytest.mark.parametrize(("batch", "heads", "row_tiles"), [(1, 1, 1), (1, 3, 4), (2, 7, 3)])
-@pytest.mark.parametrize("per_program", [1, 3])
-def test_every_item_is_some_programs_and_heads_side_by_side_take_turns(batch, heads, row_tiles, per_program, together):
+@pytest.mark.parametrize(("per_program", "across"), [(1, False), (3, False), (1, True), (3, True)])
+def test_every_item_is_some_programs_and_heads_side_by_side_take_turns(batch, heads, row_tiles, per_program, across, together):
     from pallas_kernels.visits import Items
 
-    items = Items(batch, heads, row_tiles, per_program, together)
+    items = Items(batch, heads, row_tiles, per_program, together, across)
     of = jax.jit(lambda p: [items.at(p, n) for n in range(items.most)])
     counts = [int(items.count(jnp.int32(p))) for p in range(items.programs)]
     found = [tuple(map(int, item)) for p, n in enumerate(counts) for item in of(jnp.int32(p))[:n]]
@@ -547,6 +547,50 @@ def test_every_item_is_some_programs_and_heads_side_by_side_take_turns(batch, he
         for start, end in itertools.pairwise(ends):
             tiles = [r for _, _, r in found[start:end]]
             assert tiles == sorted(tiles, reverse=True)
+    if per_program == 1 and across and together == batch:  # one head of all batch entries, its row tiles one after another
+        assert found[: batch * row_tiles] == [(b, 0, r) for r in reversed(range(row_tiles)) for b in range(batch)]
+
+
+def test_heads_that_share_a_bias_stand_side_by_side():
+    from pallas_kernels import dense
+    from pallas_kernels.backward_tuning import backward_config
+    from pallas_kernels.tuning import forward_config
+
+    def readers(*shape):
+        return dense.readers(jax.ShapeDtypeStruct(shape, jnp.float32), 4, 16)
+
+    assert readers(4, 16, 256, 256) == (1, False)
+    assert readers(1, 16, 256, 256) == (4, True)
+    assert readers(1, 1, 256, 256) == (64, True)
+    assert readers(4, 1, 256, 256) == (16, False)
+    assert readers(1, 16, 1, 256) == dense.readers(None, 4, 16) == (1, False)
+
+    call = {"heads": 64, "query_len": 4096, "key_len": 4096, "head_dim": 128, "value_head_dim": 128, "bias_bytes": 4}
+    config = forward_config(**call, readers=(4, True))
+    assert (config.together, config.across) == (4, True)
+    config = backward_config(**call, group=1, biased=True, readers=(4, True))
+    assert [(own.together, own.across) for own in (config.dq, config.dkv)] == [(4, True)] * 2
+    assert (
+        forward_config(**call | {"key_len": 1 << 20}, readers=(4, True)).together == 1
+    )  # their keys alone are more than the cache
+
+
+def test_short_rows_of_keys_need_no_loader():
+    from pallas_kernels.tuning import forward_config
+
+    def chosen(L, E, heads=256, S=None, **options):
+        config = forward_config(
+            heads=heads, query_len=L, key_len=S or L, head_dim=E, value_head_dim=E, masked=options.get("sloped", False), **options
+        )
+        return (config.warpgroups, config.block_k, config.stages) if config.alone else None
+
+    assert chosen(16, 64) == chosen(64, 128) == chosen(64, 128, drops=True) == (1, 64, 1)
+    assert chosen(128, 64) == chosen(4096, 64, S=80) == (1, 128, 1)
+    assert chosen(128, 128) == (2, 128, 1)
+    assert chosen(128, 128, heads=64) == (1, 128, 1)
+    assert chosen(192, 64) == (1, 64, 3)
+    assert chosen(256, 64, sloped=True) == (2, 64, 4)
+    assert chosen(128, 64, drops=True) is chosen(256, 64) is chosen(128, 256) is chosen(128, 128, sloped=True) is None
 
 
 def test_heads_side_by_side_are_enough_for_all_sms_and_few_enough_for_the_cache():

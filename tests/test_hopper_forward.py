@@ -25,6 +25,8 @@ PINNED = ForwardConfig(row_tiles=3, queries=2, pinned=True)
 SEVERAL = ForwardConfig(row_tiles=2, queries=2)
 MORE = ForwardConfig(row_tiles=3)
 THREE = ForwardConfig(warpgroups=3, registers=(160, 32))
+NO_LOADER = ForwardConfig(alone=True, warpgroups=1, stages=1, bias_stages=1)
+NO_LOADER_TWO = ForwardConfig(alone=True, block_k=64, stages=3, bias_stages=3)
 
 
 def kernel(problem, dtype, layout, mask, config, key, p, interpret=True, keep=None):
@@ -216,6 +218,27 @@ CASES = {
     "heads side by side, several row tiles": lambda: (
         make(264, 72, B=1, Hq=3, E=64), {"config": ForwardConfig(row_tiles=2, queries=2, together=3)}
     ),
+    "a bias that the batch shares, batch entries side by side": lambda: (
+        make(136, 136, B=3, Hq=2, E=64, bias=biased(1, 2, 136, 136)), {"config": ForwardConfig(together=2, across=True)}
+    ),
+    "nobody loads": lambda: (make(136, 128, B=2, Hq=2, Hk=1, E=64), {"config": NO_LOADER, "layout": "BLHE"}),
+    "nobody loads, causal, several tiles": lambda: (
+        make(200, 184, B=1, Hq=2, E=64, keep=band(200, 184, -1, 0, -20)), {"mask": causal(-20), "config": NO_LOADER_TWO}
+    ),
+    "nobody loads, values that nobody sees are no numbers": lambda: (
+        make(72, 136, B=2, Hq=2, Hk=1, E=64, keep=lengths(72, 136, [130, 33], [40, 0])),
+        {"mask": KeyLengths(jnp.array([130, 33]), jnp.array([40, 0])), "poison": [(40, 130), (0, 33)], "config": NO_LOADER_TWO},
+    ),
+    "nobody loads, E 128, Ev 64, sinks, softcap": lambda: (
+        make(72, 56, B=1, Hq=2, E=128, Ev=64, softcap=2.0, sinks=sinks(1.0, -np.inf)), {"config": NO_LOADER}
+    ),
+    "nobody loads, bias and dense mask": lambda: (
+        masked_by(136, 184, keep := dense(2, 1, 136, 184), bias=biased(2, 2, 136, 184)), {"keep": keep, "config": NO_LOADER_TWO}
+    ),
+    "nobody loads, dropout, segments": lambda: (
+        make(64, 120, B=1, Hq=1, E=64, keep=same_segment(np.arange(64) // 30, np.arange(120) // 50), survivors=dropped(jax.random.key(1), 1, 1, 64, 120, 0.3)),
+        {"mask": SegmentIds(jnp.arange(64)[None] // 30, jnp.arange(120)[None] // 50), "key": jax.random.key(1), "p": 0.3, "config": NO_LOADER},
+    ),
     "dropout, causal": lambda: (
         make(64, 136, B=2, Hq=2, Hk=1, E=64, keep=band(64, 136, -1, 0, 72), survivors=dropped(jax.random.key(1), 2, 2, 64, 136, 0.3)),
         {"mask": causal(72), "key": jax.random.key(1), "p": 0.3},
@@ -260,7 +283,9 @@ def alone(*names):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["several row tiles, causal", "dropout, causal", "bias, several row tiles, causal"])
+@pytest.mark.parametrize(
+    "name", ["several row tiles, causal", "dropout, causal", "bias, several row tiles, causal", "nobody loads"]
+)
 def test_the_same_bits_a_thousand_times(name):
     problem, options = CASES[name]()
     problem = problem.rounded(jnp.bfloat16)
@@ -318,6 +343,8 @@ def test_the_kernel_lowers_for_cuda(name):
         ({"block_q": 128}, "block_q must be 64"),
         ({"block_k": 96}, "block_k must be 64, 128"),
         ({"stages": 1}, "stages must be at least 2"),
+        ({"stages": 0, "alone": True}, "stages must be at least 1"),
+        ({"row_tiles": 2, "alone": True}, "has one row tile"),
         ({"warpgroups": 4}, "warpgroups must be 1, 2 or 3"),
         ({"warpgroups": 3}, "registers must be at most 512"),
         ({"registers": (216, 80)}, "registers must be at most 504"),
@@ -326,3 +353,9 @@ def test_the_kernel_lowers_for_cuda(name):
 def test_a_configuration_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ForwardConfig(**options)
+
+
+def test_without_a_loader_all_tiles_are_in_memory():
+    problem = make(64, 136, B=1, Hq=1, E=64)
+    with pytest.raises(ValueError, match="the ring holds all 2 tiles of keys"):
+        kernel(problem, jnp.bfloat16, "BHLE", None, NO_LOADER, None, 0.0)
