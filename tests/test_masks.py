@@ -29,6 +29,7 @@ from jax_sdpa.attention.bias import (
     sliding_window,
 )
 from jax_sdpa.masks import EVERYTHING, KeyRanges, as_mask, conjunction
+from jax_sdpa.masks import packed as packed_module
 
 
 def picture(text):
@@ -256,6 +257,30 @@ def test_packed_masks_have_batch_dims():
         np.testing.assert_array_equal(same.materialise(6, 8), np.stack(pictures)[:, None])
     turned = mask.parts(6, 8)[0].transposed().materialise(8, 6)
     np.testing.assert_array_equal(turned, np.stack(pictures)[:, None].swapaxes(-1, -2))
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 300])
+@pytest.mark.parametrize("entries", [0, 1, 40])
+def test_what_is_at_most_each_position_is_counted_as_it_is_searched(length, entries, x64):
+    """Repeated entries, some before and some behind all positions, the largest numbers; jitted, mapped, with batch dims."""
+    big = np.iinfo(np.int32)
+    among = np.random.default_rng(length).integers(-3, length + 5, (2, 3, entries))
+    among[0, :, :2], among[1, :, -2:] = big.min, big.max
+    among[:, 0] = length // 2
+    among = np.sort(among, -1)
+    wanted = (among[..., None, :] <= np.arange(length)[:, None]).sum(-1)
+
+    def counted(row):
+        return packed_module._at_most_each(row, length)
+
+    for f in (counted, jax.jit(counted), jax.vmap(counted), jax.jit(jax.vmap(jax.vmap(counted)))):
+        got = f(jnp.asarray(among, jnp.int32))
+        assert got.dtype == jnp.int32
+        np.testing.assert_array_equal(got, wanted)
+    for row, numbers in zip(among.reshape(6, entries), wanted.reshape(6, length), strict=True):
+        row = jnp.asarray(row, jnp.int32)
+        np.testing.assert_array_equal(counted(row), numbers)
+        np.testing.assert_array_equal(packed_module._at_most(row, np.arange(length)), numbers)
 
 
 def test_key_valid_hides_what_nobody_sees():

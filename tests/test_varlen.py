@@ -283,8 +283,7 @@ def test_the_tables_of_a_long_packed_batch_are_read_off_its_ends():
         return visits.table(mask, 128, L, L, 128), visits.table(mask.transposed(), 128, L, L, 128)
 
     compiled = jax.jit(table).lower(shape((65,), jnp.int32)).compile()
-    # what each of the 19 steps of a search over all tokens leaves behind, twice, where XLA does not fuse them
-    assert compiled.memory_analysis().temp_size_in_bytes < (2 * 19 + 16) * 4 * L
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4 * L
     assert " while(" not in compiled.as_text()  # whose steps a GPU launches one by one
     cu = boundaries(np.random.default_rng(0).integers(100, 8000, 64))
     rows, _ = (np.asarray(x)[0] for x in compiled(cu))
