@@ -78,11 +78,16 @@ def backward_config(
         dkv = WalkConfig(roles=True, plain=True)
         dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
         dv = WalkConfig(masks_all=True)
-    own = {"dkv": dkv, "dk": dk, "dv": dv, "fused": fused}
-    own = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()} | {"dq": dq}
+    keys = {"dkv": dkv, "dk": dk, "dv": dv, "fused": fused}
+    keys = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in keys.items()}
+    own = _brief(keys | {"dq": dq}, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
+    for name, one in own.items():
+        if one is not None and not (one.roles or name == "fused"):
+            parts, length = (heads, query_len) if name == "dq" else (heads // group * one.split, key_len)
+            own[name] = tuning.spread_out(one, parts, length, seen / key_len if sloped else None, 256)
     tiles = {name: cdiv(query_len if name == "dq" else key_len, one.rows) for name, one in own.items() if one}
     for name, one in own.items():
-        if one is None or name == "fused":
+        if one is None or name == "fused" or one.alone:
             continue
         items = tiles[name] * (heads if name == "dq" else heads // group * one.split)
         short = SHORT if name == "dq" or wide <= 64 else SHORT // 2
@@ -99,6 +104,34 @@ def backward_config(
             one = dataclasses.replace(one, together=tuning.side_by_side(tiles[name], read))
         found[name] = tuning.beside_readers(one, readers, read)
     return BackwardConfig(**found)  # type: ignore[arg-type]
+
+
+def _brief(
+    own: dict[str, WalkConfig | None], heads: int, group: int, query_len: int, key_len: int, wide: int, more: bool, tiled: bool
+) -> dict[str, WalkConfig | None]:  # fmt: skip
+    """The configurations, without a loading warpgroup where a row is a few tiles, as `tuning._brief`. more: masks, dropout, a bias.
+
+    H200, 2026-11-29, both passes, us, before / dq so / dk and dv so / both: B64 H16 L64 D64 55.7 / 44.2 / 50.6 / -, 16 heads
+    on 4 51.6 / 39.1 / 40.7 / 29.2, L16 40.7 / 31.1 / 32.7 / 22.8, float32 bias 86.6 / 58.9 / 81.0 / 53.7, D128 85.2 / 82.8 /
+    82.3 / 79.8. Few programs: B4 H12 L128 D64 14.7 / 14.1 / 13.3 / -. Many, 128 keys: B32 H8 25.9 / 24.7 / 26.0, but B32 H12
+    34.5 / 35.4 / 37.1; 192 keys 80.0 / 71.9 / 79.7; 256 67.1 / 67.7 / 71.7.
+    """
+    few = heads * cdiv(query_len, 64) <= 2 * tuning.SMS
+    if wide > 128:
+        return own
+
+    def alone(one: WalkConfig | None, tiles: int, split: int) -> WalkConfig | None:
+        return one and dataclasses.replace(
+            one, alone=True, warpgroups=1, block_k=64, stages=tiles, brief=None, ahead=0, bias_stages=tiles, masks_all=False,
+            split=split,
+        )  # fmt: skip
+
+    found, steps = dict(own), cdiv(query_len, 64) * group
+    if key_len <= 64 or (key_len <= 128 and few) or (128 < key_len <= 192 and wide <= 64 and not more):
+        found["dq"] = alone(own["dq"], cdiv(key_len, 64), 1)
+    if steps <= (2 if tiled else 4) and (query_len <= 64 or (max(query_len, key_len) <= 128 and few)):
+        found |= {name: alone(own[name], steps, 1) for name in ("dkv", "dk", "dv")}
+    return found
 
 
 FUSED: dict[str, Any] = {"plain": True, "registers": (216, 72)}

@@ -192,8 +192,8 @@ class WalkConfig(ForwardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.roles and self.warpgroups != 2:
-            raise ValueError(f"roles are two, so warpgroups must be 2, got {self.warpgroups}.")
+        if self.roles and (self.warpgroups != 2 or self.alone):
+            raise ValueError(f"roles are two, beside one that loads, so warpgroups must be 2, got {self}.")
 
     @property
     def rows(self) -> int:

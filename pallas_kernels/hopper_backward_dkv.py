@@ -44,7 +44,7 @@ from pallas_kernels.hopper_gradients import GradientRows, KeyItem
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
 from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, bring_numbers, key_gradients
-from pallas_kernels.hopper_program import drain, in_roles, launch, pass_by, slot
+from pallas_kernels.hopper_program import check_room, drain, in_roles, launch, pass_by, slot
 from pallas_kernels.hopper_scores import filled, survivor_scale
 from pallas_kernels.visits import cdiv
 
@@ -75,6 +75,8 @@ def dkv(
     several = config.row_tiles > 1
     if fused and (several or operands.bias is not None):
         raise ValueError(f"A fused kernel takes one row tile and no bias, got row_tiles {config.row_tiles}.")
+    steps = cdiv(shape.query_len, bq) * group // split
+    check_room(config, steps, q_stages, do_stages, *([config.bias_stages] if operands.brings_bias else []))
     staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
@@ -290,7 +292,7 @@ def dkv(
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
-            drain([(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], done)
+            drain(config, [(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], done)
 
         def load_and_add() -> None:
             """The only item's tiles, do_stages steps ahead of dq, which is added to what other key tiles make of it.
@@ -331,7 +333,7 @@ def dkv(
             for w in range(n_wg):
                 plgpu.barrier_wait(kv_ready.at[w])
             lax.fori_loop(zero, steps + zero, step, ((zero, zero), ahead_at))
-            drain([(q_free, q_stages), (do_free, do_stages)], steps, more=1)
+            drain(config, [(q_free, q_stages), (do_free, do_stages)], steps, more=1)
 
         in_roles(config, wg, compute, load_and_add if fused else load_all, interpret)
 

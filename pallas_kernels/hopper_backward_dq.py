@@ -37,7 +37,7 @@ from pallas_kernels.hopper_gradients import GradientRows
 from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any, seen_by_any
 from pallas_kernels.hopper_memory import ROW, TILE, rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands
-from pallas_kernels.hopper_program import drain, in_roles, launch, pass_by, slot
+from pallas_kernels.hopper_program import check_room, drain, in_roles, launch, pass_by, slot
 from pallas_kernels.hopper_scores import filled, survivor_scale, walk_of
 from pallas_kernels.visits import cdiv
 
@@ -58,6 +58,7 @@ def dq(
     v_stages = config.brief_stages
     items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), config.row_tiles, config.together, config.across)
     several = config.row_tiles > 1  # then results leave from memory of their own
+    check_room(config, cdiv(shape.key_len, bk), stages, v_stages, *([config.bias_stages] if operands.brings_bias else []))
     early = config.early and not stores
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
@@ -255,7 +256,7 @@ def dq(
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
-            drain([(k_free, stages), (v_free, v_stages), *operands.bias_rings(refs, config)], done)
+            drain(config, [(k_free, stages), (v_free, v_stages), *operands.bias_rings(refs, config)], done)
 
         in_roles(config, wg, compute, load_all, interpret)
 

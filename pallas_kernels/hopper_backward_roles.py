@@ -231,7 +231,7 @@ def dkv_in_roles(
             @pl.when(wg == 0)
             def _weights() -> None:
                 done = play(0, k_ref, dv_ref, weigh)
-                drain([(p_free, buffers)], done)
+                drain(config, [(p_free, buffers)], done)
                 plgpu.wait_smem_to_gmem(0)
 
             @pl.when(wg == 1)
@@ -265,7 +265,7 @@ def dkv_in_roles(
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
-            drain([(q_free, stages), (do_free, stages), *operands.bias_rings(refs, config)], done)
+            drain(config, [(q_free, stages), (do_free, stages), *operands.bias_rings(refs, config)], done)
 
         in_roles(config, wg, compute, load_all, interpret)
 

@@ -119,7 +119,7 @@ def forward(
             return done + walk.steps
 
         def load_all() -> None:
-            drain([(free, of) for _, free, of in ring.rings], pieces.each(load))
+            drain(config, [(free, of) for _, free, of in ring.rings], pieces.each(load))
 
         in_roles(config, wg, compute, load_all, interpret)
 

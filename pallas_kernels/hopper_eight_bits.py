@@ -187,7 +187,7 @@ def forward(
 
         wg = lax.axis_index("wg")
         pl.when(wg == 0)(compute)
-        pl.when(wg == 1)(lambda: drain([(free, stages)], pieces.each(load)))
+        pl.when(wg == 1)(lambda: drain(config, [(free, stages)], pieces.each(load)))
 
     call = launch(
         kernel,

@@ -38,7 +38,7 @@ from pallas_kernels.hopper_hidden import hidden_by_numbers, seen_by_any, words
 from pallas_kernels.hopper_keys import Ring
 from pallas_kernels.hopper_memory import rows_of, tile, transforms
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_program import drain, in_roles, launch, slot
+from pallas_kernels.hopper_program import check_room, drain, in_roles, launch, slot
 from pallas_kernels.hopper_scores import Recipe, Refs, Rows, shared, survivor_scale, walk_of
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
@@ -80,8 +80,7 @@ def forward(
     if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
     bias_kind = recipe.bias_kind
-    if config.alone and cdiv(S, bk) > min(config.stages, config.bias_stages if bias_kind == "tile" else config.stages):
-        raise ValueError(f"Without a loading warpgroup the ring holds all {cdiv(S, bk)} tiles of keys, got {config}.")
+    check_room(config, cdiv(S, bk), config.stages, config.bias_stages if bias_kind == "tile" else config.stages)
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*operands: Any, q_s: Any, lse_s: Any, q_ready: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None,
@@ -222,8 +221,7 @@ def forward(
 
         def load_all() -> None:
             done = loop(0, count, load, zero) if several else load(0, zero)
-            if not config.alone:  # nobody waits for room: the tiles are all there is, and so are their phases
-                drain([(free, of) for _, free, of in rings], done)
+            drain(config, [(free, of) for _, free, of in rings], done)
 
         in_roles(config, wg, compute, load_all, interpret)
 

@@ -31,12 +31,21 @@ def pass_by(rings: Sequence[tuple[Any, Any, int]], start: Any, stop: Any) -> Non
     lax.fori_loop(start, stop, let_go, None)
 
 
-def drain(rings: Sequence[tuple[Any, int]], done: Any, more: int = 0) -> None:
+def drain(config: ForwardConfig, rings: Sequence[tuple[Any, int]], done: Any, more: int = 0) -> None:
     """The loading warpgroup's last act, after `done` (int32) tiles: every completed phase of the barriers (free, stages) must be
-    waited for before the program ends. more: tiles that came behind those, and which nobody gives back."""
+    waited for before the program ends. more: tiles that came behind those, and which nobody gives back. One that computes as well
+    has nothing to wait for."""
+    if config.alone:
+        return
     for free, of in rings:
         wait = lambda n, _, free=free, of=of: plgpu.barrier_wait(free.at[slot(n, of)])  # noqa: E731
         lax.fori_loop(visits.greatest(done + more - of, 0 * done), done, wait, None)
+
+
+def check_room(config: ForwardConfig, tiles: int, *stages: int) -> None:
+    """Without a loading warpgroup nobody waits for room: rings of so many stages must hold all of a program's tiles."""
+    if config.alone and tiles > min(stages):
+        raise ValueError(f"Without a loading warpgroup the rings hold all {tiles} tiles, got {config}.")
 
 
 def in_roles(config: ForwardConfig, wg: Any, compute: Callable[[], None], load: Callable[[], None], interpret: Any) -> None:

@@ -33,8 +33,7 @@ def forward_config(
     wide = max(head_dim, value_head_dim)
     seen = key_len if seen is None else seen
     steps = seen / (64 if wide > 128 else 128)
-    plain = not (dense or drops or bias_bytes) and masked == sloped
-    brief = _brief(heads, query_len, key_len, wide, sloped, plain)
+    brief = _brief(heads, query_len, key_len, wide, sloped, not (dense or drops or bias_bytes) and masked == sloped)
     if brief is not None:
         config = brief
     elif wide <= 64:
@@ -44,8 +43,9 @@ def forward_config(
     else:
         # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
         config = ForwardConfig(block_k=64, masks_all=dense)
+    config = spread_out(config, heads, query_len, seen / key_len if sloped else None, wide)
     resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
-    row_tiles = min(resident, _most_row_tiles(seen, steps, wide, sloped, tiled, drops))
+    row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops))
     # walks of one tile, D64, L 128: 6.2 us, the next queries in memory as well 6.7; with four query heads to a key head 17.4, 18.6
     queries = 2 if row_tiles > 1 and (steps > 1 or wide > 64) else 1
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=queries)
@@ -126,25 +126,58 @@ def _brief(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, pl
     with all of its tiles under way at once. plain: neither a mask that is no slope, nor dropout, nor a bias.
 
     H200, 2026-11-29, us, one loading warpgroup for two or three that compute / so: 64 keys of B64 H16 D64 16.6 / 6.6, D128 23.7 /
-    18.7; 128 keys of B32 H8 D64 6.2 / 5.0 (two warpgroups 5.5), of 32 heads on 8 17.1 / 15.3 (19.1), D128 9.4 / 8.0 (one 9.9), of
-    few programs, B8 H16, 5.7 / 5.1 (two 5.6); 192 keys, D64, 12.4 / 10.7. Causal in tiles of 64, D64, L 128 6.7 / 5.0, L 192 11.7 /
-    10.5, L 256 14.7 / 12.2, L 384 22.6 / 30.4; D128, L 128, 15.4 / 16.8. With other masks or dropout nothing is gained at D64, and
-    20 % lost at D128.
+    18.7, D256 38.0 / 34.3; 128 keys of B32 H8 D64 6.2 / 5.0 (two warpgroups 5.5), of 32 heads on 8 17.1 / 15.3 (19.1), D128 9.4 /
+    8.0 (one 9.9); 192 keys, D64, 12.4 / 10.7. Causal in tiles of 64, D64, L 128 6.7 / 5.0, L 192 11.7 / 10.5, L 256 14.7 / 12.2, L
+    384 22.6 / 30.4; D128, L 128, 15.4 / 16.8. With other masks or dropout nothing is gained at D64, and 20 % lost at D128. But
+    where all programs run at one time it is ahead with every mask, dropout and bias: B4 H12, 128 keys, D64 4.3 to 7.4 / 3.0 to 6.1,
+    D128 5.2 to 8.9 / 3.8 to 7.0; B2 H8 D256 6.9 / 5.0.
     """
-    if wide > 128:
-        return None
+    programs = heads * cdiv(query_len, 64)
     if key_len <= 64:
-        return ForwardConfig(alone=True, warpgroups=1, block_k=64, stages=1, bias_stages=1)
-    if not plain:
+        return _alone(key_len, 1, 64)
+    if key_len <= 128 and programs <= (2 * SMS if wide <= 128 else SMS):
+        return _alone(key_len, 1, 128 if wide <= 128 else 64)
+    if not plain or wide > 128:
         return None
-    if wide <= 64 and sloped and key_len <= 256:
-        return ForwardConfig(alone=True, block_k=64, stages=cdiv(key_len, 64))
-    if sloped or key_len > (192 if wide <= 64 else 128):
-        return None
-    if key_len > 128:
-        return ForwardConfig(alone=True, warpgroups=1, block_k=64, stages=3)
-    many = wide > 64 and query_len > 64 and heads * cdiv(query_len, 128) >= SMS
-    return ForwardConfig(alone=True, warpgroups=2 if many else 1, stages=1)
+    if sloped:  # fewer programs than SMs: one warpgroup and one that loads, L 256 3.9 us, so 5.1
+        return _alone(key_len, 2, 64) if wide <= 64 and key_len <= 256 and programs > SMS else None
+    if key_len <= 128:
+        return _alone(key_len, 1 if wide <= 64 or query_len <= 64 else 2, 128)
+    return _alone(key_len, 1, 64) if wide <= 64 and key_len <= 192 else None
+
+
+def _alone(key_len: int, warpgroups: int, block_k: int) -> ForwardConfig:
+    tiles = cdiv(key_len, block_k)
+    return ForwardConfig(alone=True, warpgroups=warpgroups, block_k=block_k, stages=tiles, bias_stages=tiles)
+
+
+TAKES = {64: {1: 0.56, 2: 0.84, 3: 1.0}, 256: {1: 0.75, 2: 1.0}}
+"""How long a program of so many warpgroups takes beside the widest one, up to that head dim (`spread_out`)."""
+
+
+def spread_out(config: Any, heads: int, length: int, slope: float | None, wide: int) -> Any:
+    """Of a grid of at most two rounds of programs: the configuration with as many warpgroups as are done with it first.
+
+    heads, length: of which a program takes `rows`; slope: how much of its rows is visited on average, if they differ.
+
+    H200, 2026-11-29, us, three / two / one warpgroup of 64 rows a program, D64: B1 H12 L512 10.0 / 8.2 / 5.5, B1 H8 L1024
+    15.5 / 13.1 / 8.9, B1 H16 L1024 16.2 / 13.7 / 17.0, causal 16.2 / 14.2 / 12.3, B2 H16 L1024 30.3 / 26.4 / 32.9, causal
+    19.7 / 17.7 / 23.2, B1 H8 L2048 27.4 / 24.8 / 29.9, causal 26.5 / 24.6 / 18.8. Two / one, D128: B1 H12 L512 10.2 / 7.2, B1
+    H8 L1024 17.7 / 11.7, L2048 28.5 / 39.6, causal 27.1 / 24.8; D256: L512 14.1 / 10.2, L1024 24.1 / 17.8, B1 H16 L1024 26.3
+    / 34.7, causal 25.9 / 24.7.
+    """
+    if config.alone or heads * cdiv(length, config.rows) > 2 * SMS:
+        return config
+    takes = TAKES[64 if wide <= 64 else 256]
+
+    def done(warpgroups: int) -> float:
+        programs = heads * cdiv(length, config.block_q * warpgroups)
+        return takes[warpgroups] * (cdiv(programs, SMS) if slope is None else max(1.0, slope * programs / SMS))
+
+    chosen = min(range(config.warpgroups, 0, -1), key=done)
+    if chosen == config.warpgroups:
+        return config
+    return dataclasses.replace(config, warpgroups=chosen, registers=(240, 24), pinned=False)
 
 
 def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool) -> ForwardConfig:
@@ -172,14 +205,17 @@ def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool
     )  # fmt: skip
 
 
-def _most_row_tiles(seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool) -> int:
+def _most_row_tiles(
+    resident: int, key_len: int, seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool
+) -> int:  # fmt: skip
     """How many row tiles a program takes at most: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
-    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; D256 762 to 737, causal 631 to 556; a dense mask, D128 603, two at a time
-    592, D256 644 and one 635. Not so where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one 544), and
-    beside dropout (D64 359 to 400).
+    D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; D256 762 to 737, causal 631 to 556; a dense mask, D128 603, two at a
+    time 592, D256 644 and one 635. Not so where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one
+    544), and beside dropout (D64 359 to 400). Nor of two: B2 H16 L1024 D128 34.4 us, single ones 33.7, B1 H16 L2048 59.6 and
+    57.8, causal, D64, B2 H16 L1024 21.6 and 19.7; but causal, D128, 20.3 and 23.0.
     """
-    if sloped and seen > 4096:
+    if (sloped and seen > 4096) or (resident == 2 and key_len >= 1024 and wide <= (64 if sloped else 128)):
         return 1
     if not (sloped or tiled) and drops and steps > 6 and wide != 128:
         return 1
