@@ -36,6 +36,10 @@ class GradientRows(Rows):
         register for each and spills (fused causal D128: 56 bytes). The forward has the registers; its windows are slower so."""
         return lax.broadcast_in_dim(self.recipe.products.indices(self._tile, axis), self._tile, [axis])
 
+    def _from(self, here: Any, t: Any) -> Any:
+        """As one number a thread: held as rows and a column, they spill."""
+        return self.recipe.products.apart(self._tile, self.base - t * self._tile[1])
+
     def survivors(self, t: Any, query_words: Any = None) -> Any:
         """The decisions of dropout. query_words: of the columns, as tiles, where those are queries; else of the rows, `words`."""
         generator, seed, p = self.recipe.generator, self.refs.seeds[self.b, self.h, 1], self.recipe.shape.dropout_p

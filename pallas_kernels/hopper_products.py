@@ -57,6 +57,13 @@ class Wgmma:
             return self.columns(tile[1])
         return jnp.arange(tile[0], dtype=jnp.int32) if self.interpret else hopper_ptx.rows(tile[0])
 
+    def apart(self, tile: tuple[int, int], start: Any) -> Any:
+        """start + row - (column & 6) over a tile (rows, columns), int32, start a scalar."""
+        if not self.interpret:
+            return hopper_ptx.apart(tile, start)
+        row, column = (lax.broadcasted_iota(jnp.int32, tile, axis) for axis in (0, 1))
+        return start + row - (column & 6)
+
     def columns(self, length: int, bits: int = -1) -> Any:
         """Those bits of 0 to length - 1, along a tile's columns, int32."""
         return jnp.arange(length, dtype=jnp.int32) & bits if self.interpret else hopper_ptx.columns(length, bits)

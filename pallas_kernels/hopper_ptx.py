@@ -90,7 +90,7 @@ def kept(s: Any, words: Sequence[Any]) -> Any:
 
 
 def _whole(word: Any) -> list[Any]:
-    """A thread's two registers of an array of WORDS, as numbers: each is a vector of one."""
+    """A thread's registers of an array of WORDS or a ROW, as numbers: each is a vector of one."""
     at = ir.DenseI64ArrayAttr.get([0])
     return [op("vector.extract", i32(), register, static_position=at) for register in word.registers.flat]
 
@@ -108,6 +108,32 @@ def rows(length: int) -> Any:
 
     run: Any = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((length,), jnp.int32, layout=ROW))(count)
     return run()
+
+
+def apart(tile: tuple[int, int], start: Any) -> Any:
+    """start + row - (column & 6) over a tile (64, columns), int32, start a scalar.
+
+    All that a thread has to know of where it is in a tile, as one number beside `start`: a row and 8 rows below it, less a column,
+    are three to LLVM, made before a loop and held in registers all through it.
+    """
+
+    def count(_: Any, start: Any) -> Any:
+        def part(by: int, bits: int) -> Any:
+            shifted = op("arith.shrui", i32(), mgpu.utils.thread_idx(), mgpu.utils.c(by, i32()))
+            return op("arith.andi", i32(), shifted, mgpu.utils.c(bits, i32()))
+
+        row, column = op("arith.ori", i32(), part(1, 48), part(2, 7)), op("arith.shli", i32(), part(0, 3), mgpu.utils.c(1, i32()))
+        first = op("arith.addi", i32(), op("arith.subi", i32(), row, column), _whole(start)[0])
+        both = [first, op("arith.addi", i32(), first, mgpu.utils.c(8, i32()))]
+        pair = ir.VectorType.get((2,), i32())
+        found = mgpu.FragmentedArray.splat(mgpu.utils.c(0, i32()), tile, TILE.to_mgpu(), is_signed=True)
+        registers = np.empty(found.registers.shape, object)
+        for n in range(registers.size):  # a row and that 8 below it, in turns
+            registers.flat[n] = op("vector.from_elements", pair, *[both[n % 2]] * 2)
+        return mgpu.FragmentedArray(_registers=registers, _layout=found.layout, _is_signed=True)
+
+    run: Any = plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct(tile, jnp.int32, layout=TILE))(count)
+    return run(plgpu.layout_cast(jnp.full((tile[0],), start), ROW))
 
 
 def columns(length: int, bits: int = -1) -> Any:

@@ -253,6 +253,10 @@ class Rows:
         L = self.recipe.shape.query_len
         return 0 * self.base if L == 1 else lax.rem(self._index(0) + self.base, np.int32(L))
 
+    def _from(self, here: Any, t: Any) -> Any:
+        """Which query each row is, counted from `here` of key tile t."""
+        return self._positions() - here
+
     def first(self) -> tuple[Any, Any]:
         """(m, l) before the first key."""
         bq, sinks = self._tile[0], self.refs.sinks
@@ -331,7 +335,7 @@ class Rows:
             mask = mask_of(
                 recipe, self.refs, self.b, lambda ref: Ids(self._by_row(own(ref))), lambda ref: Ids(self._by_column(own(ref), t))
             )  # fmt: skip
-            kept = mask.moved(here).keep(self._positions() - here, k)
+            kept = mask.moved(here).keep(self._from(here, t), k)
         if recipe.ragged:
             kept = kept & (k < recipe.shape.key_len - here)
         return jnp.where(plgpu.layout_cast(kept, TILE), s, -jnp.inf)
