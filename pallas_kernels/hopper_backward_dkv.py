@@ -198,7 +198,10 @@ def dkv(
                 now, following = (slot(x, q_stages) for x in (n, n_next))
                 do_now, do_next = (slot(x, do_stages) for x in (n, n_next))
                 packed = [] if last else rows_at(r_next).keep_words(i_next)
-                k_own, v_own = owns(wg + (lax.optimization_barrier(zero) if moves else 0))
+                unmoved = lax.optimization_barrier(zero) if moves else 0
+                k_own, v_own = owns(wg + unmoved)
+                if do_stages == 1 and needs_v:  # else where its pieces lie would be held too; dv alone has the registers
+                    do_now = do_now + unmoved
                 dk, dv, state, sums = products.keys_step(
                     k_own, q_s.at[now], v_own, do_s.at[do_now], dk, dv, state, None if last else q_s.at[following], dtype=dtype,
                     before_dout=lambda: None if fused else plgpu.barrier_wait(do_ready.at[do_now]),

@@ -135,7 +135,7 @@ def dq(
             )  # fmt: skip
             sums, steps = (filled((bq,), 0.0, ROW),) if adds_up else (), rows.walk.steps
             is_known = isinstance(steps, int)
-            moves = (several and is_known) or (recipe.drops and E > 64)
+            moves = (several and is_known) or (recipe.drops and E > 64) or E > 128
 
             def waiting(state: Any) -> Any:
                 return tuple(x.astype(dtype if config.half else jnp.float32) for x in state)
@@ -144,7 +144,10 @@ def dq(
                 acc, state, sums = carried
                 nth, packed = done + i, [] if last else rows.keep_words(i + 1)
                 now, following, v_now = slot(nth, stages), slot(nth + 1, stages), slot(nth, v_stages)
-                own = wg + lax.optimization_barrier(zero)  # else 64 registers hold where each piece of q and dout lies, and spill
+                unmoved = lax.optimization_barrier(zero)
+                own = wg + unmoved  # else 64 registers hold where each piece of q and dout lies, and spill
+                if v_stages == 1:  # and 32 where v's do
+                    v_now = v_now + unmoved
                 acc, _, state, sums = products.keys_step(
                     q_s.at[own], k_s.at[now], do_s.at[own], v_s.at[v_now], acc, None, state, None if last else k_s.at[following],
                     dtype=dtype, before_dout=lambda: plgpu.barrier_wait(v_ready.at[v_now]),
@@ -161,7 +164,10 @@ def dq(
                 nth, packed = done + i, rows.keep_words(i)
                 now, before, v_now = slot(nth, stages), slot(nth - 1, stages), slot(nth, v_stages)
                 plgpu.barrier_wait(k_ready.at[now])
-                own = wg + (lax.optimization_barrier(zero) if moves else 0)  # as in early_step
+                unmoved = lax.optimization_barrier(zero) if moves else 0
+                own = wg + unmoved
+                if v_stages == 1:  # as in early_step
+                    v_now = v_now + unmoved
                 carried = products.queries_step(
                     q_s.at[own], k_s.at[now], do_s.at[own], v_s.at[v_now], acc, ds, k_s.at[before], plain=config.plain,
                     before_v=lambda: plgpu.barrier_wait(v_ready.at[v_now]), after_v=lambda: plgpu.barrier_arrive(v_free.at[v_now]),
