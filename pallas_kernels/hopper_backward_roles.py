@@ -152,7 +152,8 @@ def dkv_in_roles(
 
         def differentiate(item: KeyItem, done: Any) -> Any:
             """dk of an item's keys, and the sums of ds on their way."""
-            own, base = own_s.at[zero + 1], item.key_tile * bk
+            # known before the first item, where its pieces lie is held in registers through all items, and spills
+            own, base = own_s.at[zero + 1 + lax.optimization_barrier(zero)], item.key_tile * bk
 
             def gradient(dp: Any, *sums: Any, n: Any, r: Any) -> tuple[Any, ...]:
                 now, buffer, rows = slot(n, stages), slot(n, buffers), rows_at(item, r)

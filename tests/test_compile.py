@@ -143,10 +143,6 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
 """
 
 
-BACKWARD_SPILLS = {(256, "short"): max(0, 4)}
-"""Bytes of spill stores, of two assemblers: jax 0.11.2's, jax 0.12.0.1's."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("E", "kind"),
@@ -154,18 +150,18 @@ BACKWARD_SPILLS = {(256, "short"): max(0, 4)}
         *((E, kind) for E in (64, 128) for kind in ("full", "causal", "dropout", "causal dropout", "bias, dq", "bias, dkv", "bool")),
         *((E, "bias32, dkv") for E in (64, 128, 256)),
         *((256, kind) for kind in ("bias, dq", "bias, dkv", "bias32, dq")),
-        *((E, "window") for E in (64, 128)),
+        *((E, "window") for E in (64, 128, 256)),
         *((E, kind) for E in (192, 256) for kind in ("full", "causal", "roles", "roles, causal")),
         *((64, kind) for kind in ("fused", "fused, causal", "fused, dropout", "fused, causal dropout")),
         *((128, kind) for kind in ("fused", "fused, causal")),
         *((E, kind) for E in (64, 128, 256) for kind in ("short", "short, causal")),
     ],
 )  # fmt: skip
-def test_no_serialised_products_backward_and_few_spills(E, kind, tmp_path):
+def test_no_serialised_products_backward_and_no_spills(E, kind, tmp_path):
     text = run(tmp_path, BACKWARD, E, kind)
     spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", text)]
     assert len(spills) >= 1, "ptxas said nothing of the kernels"
-    assert max(spills) <= BACKWARD_SPILLS.get((E, kind), 0)
+    assert max(spills) == 0, spills
     assert not re.search(r"C751[0-8]", text), re.findall(r".*C75\d\d.*", text)
     per_row = 3 if "bias" in kind else 2 if "dropout" not in kind else 4  # lse and delta, a sum; the words of dropout
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
