@@ -61,7 +61,9 @@ def backward_config(
         # causal, L 8192, 2472 / 2565. Beside a softcap 2048 / 2157 us, causal 1048 / 1112.
         own = _shared_out(WalkConfig(), heads // group, key_len, group)
         often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < own.split < group
-        dkv = dk = dv = WalkConfig(half=often or (not masked and seen <= 512))
+        half = often or (not masked and seen <= 512)
+        # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
+        dkv = dk = dv = WalkConfig(half=half, masks_all=sloped and own.split < group and not half)
         if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
             # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553
             fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596

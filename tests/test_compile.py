@@ -151,6 +151,7 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
         *((E, "bias32, dkv") for E in (64, 128, 256)),
         *((256, kind) for kind in ("bias, dq", "bias, dkv", "bias32, dq")),
         *((E, "window") for E in (64, 128, 256)),
+        *((128, kind) for kind in ("shares", "shares, causal")),
         *((E, kind) for E in (192, 256) for kind in ("full", "causal", "roles", "roles, causal")),
         *((64, kind) for kind in ("fused", "fused, causal", "fused, dropout", "fused, causal dropout")),
         *((128, kind) for kind in ("fused", "fused, causal")),
