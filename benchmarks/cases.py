@@ -79,6 +79,9 @@ GPU_CASES = (
     _gpu("Llama-3-8B 32/8 L8192 D128 causal", (1, 32, 8192, 128), True, 8),
     _gpu("seed 1: B32 H8 L128 D64 f16", (32, 8, 128, 64), dtype="float16"),
     _gpu("seed 2: B32 H32/8 L128 D64 f16", (32, 32, 128, 64), False, 8, dtype="float16"),
+    _gpu("B64 H16 L64 D64 full", (64, 16, 64, 64)),
+    *(_gpu(f"B1 H8 L1024 D{D} {'causal' if causal else 'full'}", (1, 8, 1024, D), causal)
+      for D in (128, 64) for causal in (False, True)),
     *(_gpu(f"B4 H{H} L4096 D{D} {extra}", (4, H, 4096, D), extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
       for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "bool padding (B,1,1,S)", "bool causal (1,1,L,S)", "lengths",
                     "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
@@ -88,4 +91,5 @@ GPU_CASES = (
     _gpu("B1 H16 L16384 D128 window 1024", (1, 16, 16384, 128), extra="window"),
     _gpu("64 sequences, 100 to 8000, H16 D128 causal packed", (1, 16, 259200, 128), True, extra="packed"),
 )  # fmt: skip
-"""Square training shapes at four head dims, heads of two models, torch's two docstring examples, and every kind of mask."""
+"""Square training shapes at four head dims, heads of two models, torch's two docstring examples, grids that do not fill
+the chip, and every kind of mask."""

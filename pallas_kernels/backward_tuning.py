@@ -49,7 +49,8 @@ def backward_config(
         dq = dataclasses.replace(dv, early=not drops and (not masked or (cut_once and seen > 512)))
         # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
         dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
-        if not (deterministic or capped) and head_dim > 48 and min(query_len, seen) >= 1024:
+        many = heads // group * cdiv(key_len, 128) > tuning.SMS // 2  # B1 H8 L1024 35.8 us, fused 38.7; B1 H16 52.8, 45.8
+        if not (deterministic or capped) and head_dim > 48 and min(query_len, seen) >= 1024 and many:
             fused = WalkConfig(**FUSED)  # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
     elif wide <= 128:
         dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145

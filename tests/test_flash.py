@@ -411,11 +411,15 @@ def test_every_configuration_fits_the_shared_memory():
 
     for E in range(8, 257, 8):
         for Ev in range(8, 257, 8):
-            for L, bias_bytes, masked in [(512, 0, False), (2048, 0, True), (8192, 2, False), (512, 4, True)]:
+            for heads, L, bias_bytes, masked in [
+                (512, 512, 0, False), (512, 2048, 0, True), (512, 8192, 2, False), (512, 512, 4, True), (512, 64, 4, True),
+                (8, 128, 4, True), (512, 128, 0, False), (512, 256, 0, True), (8, 1024, 4, False),
+            ]:  # fmt: skip
                 config = tuning.forward_config(
-                    heads=512, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, sloped=masked, bias_bytes=bias_bytes
+                    heads=heads, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, sloped=masked, bias_bytes=bias_bytes
                 )  # fmt: skip
                 assert tuning.shared_bytes(config, E, Ev, bias_bytes) <= tuning.SHARED_MEMORY, (E, Ev, L, bias_bytes)
+                assert not config.alone or config.stages == config.bias_stages == -(-L // config.block_k)
 
 
 @needs_mosaic
@@ -587,10 +591,31 @@ def test_short_rows_of_keys_need_no_loader():
     assert chosen(16, 64) == chosen(64, 128) == chosen(64, 128, drops=True) == (1, 64, 1)
     assert chosen(128, 64) == chosen(4096, 64, S=80) == (1, 128, 1)
     assert chosen(128, 128) == (2, 128, 1)
-    assert chosen(128, 128, heads=64) == (1, 128, 1)
+    assert chosen(128, 128, heads=64) == chosen(128, 64, heads=64, drops=True) == (1, 128, 1)
+    assert chosen(128, 256, heads=64, bias_bytes=4) == (1, 64, 2)
     assert chosen(192, 64) == (1, 64, 3)
     assert chosen(256, 64, sloped=True) == (2, 64, 4)
     assert chosen(128, 64, drops=True) is chosen(256, 64) is chosen(128, 256) is chosen(128, 128, sloped=True) is None
+
+
+def test_a_grid_that_leaves_sms_idle_has_fewer_rows_a_program():
+    from pallas_kernels.backward_tuning import backward_config
+    from pallas_kernels.tuning import forward_config
+
+    def warpgroups(heads, L, E, sloped=False):
+        shape = {"heads": heads, "query_len": L, "key_len": L, "head_dim": E, "value_head_dim": E}
+        return forward_config(**shape, masked=sloped, sloped=sloped, seen=L / 2 if sloped else L).warpgroups
+
+    assert [warpgroups(8, L, 64) for L in (512, 1024, 2048, 16384)] == [1, 1, 2, 3]
+    assert [warpgroups(heads, 1024, 64) for heads in (16, 32, 64)] == [2, 2, 3]
+    assert [warpgroups(heads, 1024, 64, sloped=True) for heads in (16, 32, 64)] == [1, 2, 3]
+    assert [warpgroups(heads, 1024, E) for E in (128, 256) for heads in (8, 16)] == [1, 2, 1, 2]
+    assert warpgroups(16, 1024, 256, sloped=True) == 1
+
+    config = backward_config(heads=8, group=1, query_len=1024, key_len=1024, head_dim=128, value_head_dim=128)
+    assert (config.dq.warpgroups, config.dkv.warpgroups) == (1, 1)
+    config = backward_config(heads=16, group=1, query_len=1024, key_len=1024, head_dim=128, value_head_dim=128)
+    assert (config.dq.warpgroups, config.dkv.warpgroups) == (2, 2)
 
 
 def test_heads_side_by_side_are_enough_for_all_sms_and_few_enough_for_the_cache():

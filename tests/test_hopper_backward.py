@@ -43,6 +43,20 @@ ROLES_WIDE = dataclasses.replace(WIDER, dkv=WalkConfig(roles=True, stages=3, spl
 ROLES_SEVERAL = dataclasses.replace(WIDER, dkv=dataclasses.replace(IN_ROLES, row_tiles=3))
 
 
+TUNED = "tuned"
+
+
+def usual(problem, *, mask, keep, p):
+    """The tuned configuration of a call of these lengths whose heads fill the chip, one row tile a program; `TUNED` is that of the
+    few heads which the tests have."""
+    (_, Hq, L, E), (_, H, S, Ev) = problem.query.shape, problem.value.shape
+    found = flash_backward.chosen(
+        heads=10**4 * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=None,
+        dense_mask=keep is not None, drops=p > 0, capped=problem.softcap is not None, deterministic=True,
+    )  # fmt: skip
+    return BackwardConfig(**{name: one and dataclasses.replace(one, row_tiles=1) for name, one in vars(found).items()})
+
+
 def kernels(
     problem, *, dtype=jnp.bfloat16, layout="BHLE", mask=None, key=None, p=0.0, keep=None, config=None, interpret=True,
     wants=flash_backward.WANTS, traced_scale=False,
@@ -64,13 +78,15 @@ def kernels(
         "seeds": dropout.seeds(key, B, Hq) if p else None,
         "scale": jnp.full(1, scale, jnp.float32) if traced_scale else None,
     }
+    if config is None:
+        config = usual(problem, mask=more["mask"], keep=more["keep"], p=p)
 
     def run(q, k, v, dout, out, lse, dlse, more):
         more = {**more, "scale": scale if more["scale"] is None else more["scale"]}
         delta = flash_backward.row_deltas(out, dout, dlse, 1 if layout == "BHLE" else 2)
         found = flash_backward.backward(
             q, k, v, dout, lse, delta, layout=layout, softcap=problem.softcap, dropout_p=p, generator=dropout, wants=wants,
-            config=config, interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None, **more,
+            config=None if config == TUNED else config, interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None, **more,
         )  # fmt: skip
         return {name: swap(x) for name, x in found.items()}
 
@@ -100,6 +116,21 @@ def of_forward(name):
 
 
 OWN = {
+    "few programs, one warpgroup in each": lambda: (
+        make(136, 200, B=1, Hq=2, Hk=1, E=64, keep=band(136, 200, -1, 0, 64)), {"mask": causal(64), "config": TUNED}
+    ),
+    "nobody loads, grouped": lambda: (
+        make(56, 64, B=2, Hq=4, Hk=1, E=64, keep=lengths(56, 64, [64, 0]), dlse=True),
+        {"mask": KeyLengths(jnp.array([64, 0])), "config": TUNED, "layout": "BLHE"},
+    ),
+    "nobody loads, several tiles, causal, dropout": lambda: (
+        make(120, 128, B=1, Hq=2, E=128, keep=band(120, 128, -1, 0), survivors=dropped(jax.random.key(1), 1, 2, 120, 128, 0.3)),
+        {"mask": causal(), "config": TUNED, "key": jax.random.key(1), "p": 0.3},
+    ),
+    "nobody loads, three tiles, dq": lambda: (make(72, 192, B=1, Hq=1, E=64), {"config": TUNED}),
+    "nobody loads, a dense mask": lambda: (
+        make(72, 120, B=1, Hq=2, Hk=1, E=64, Ev=40, keep=(keep := rng.random((1, 2, 72, 120)) < 0.4)), {"keep": keep, "config": TUNED}
+    ),
     "all keys in one tile, lse's cotangent": lambda: (make(136, 72, B=1, Hq=2, E=64, dlse=True), {}),
     "three query heads a group, causal": lambda: (
         make(200, 264, B=1, Hq=3, Hk=1, E=64, keep=band(200, 264, -1, 0, 64)), {"mask": causal(64), "layout": "BLHE"}
@@ -289,9 +320,11 @@ def test_every_configuration_fits_the_shared_memory():
             ]:
                 facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops}
                 facts |= {"biased": bias_bytes is not None, "bias_bytes": bias_bytes or 0}
-                for length in (512, 8192):  # several row tiles a program; a fused kernel
-                    lengths = {"heads": 16, "group": 4, "query_len": length, "key_len": length}
+                # without a loading warpgroup; several row tiles a program; a fused kernel
+                for length, group in ((64, 4), (64, 1), (128, 1), (512, 4), (8192, 4)):
+                    lengths = {"heads": 16, "group": group, "query_len": length, "key_len": length}
                     config = backward_tuning.backward_config(**lengths, **facts, masked=masked, deterministic=False)
+                    assert all(one is None or not one.alone or one.bias_stages == one.stages for one in vars(config).values())
                     for kernel in ("dq", "dkv", "dk", "dv", "fused"):
                         own = getattr(config, kernel)
                         assert own is None or backward_tuning.shared_bytes(kernel, own, **facts) <= SHARED_MEMORY, (kernel, E, Ev)

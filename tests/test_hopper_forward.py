@@ -357,5 +357,5 @@ def test_a_configuration_is_checked(options, message):
 
 def test_without_a_loader_all_tiles_are_in_memory():
     problem = make(64, 136, B=1, Hq=1, E=64)
-    with pytest.raises(ValueError, match="the ring holds all 2 tiles of keys"):
+    with pytest.raises(ValueError, match="the rings hold all 2 tiles"):
         kernel(problem, jnp.bfloat16, "BHLE", None, NO_LOADER, None, 0.0)
