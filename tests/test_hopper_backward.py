@@ -271,7 +271,7 @@ def test_the_compiled_kernels_give_the_oracles_gradients_and_the_same_bits(name)
     problem, options = ON_A_GPU[name]()
     problem = problem.rounded(options.get("dtype", jnp.bfloat16))
     config = options.get("config")
-    fused = config is not None and config.fused is not None  # adds to dq in any order
+    fused = isinstance(config, BackwardConfig) and config.fused is not None  # adds to dq in any order
     hold(problem, on_kernels(problem, **options, interpret=False, times=1 if fused else 20))
 
 
