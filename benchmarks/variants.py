@@ -112,7 +112,7 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
         side = tuning.side_by_side(cdiv(length, own.rows), 4 * length * case.head_dim // of_heads) if case.causal else 1
         return {
             f"{n} row tiles": dataclasses.replace(own, row_tiles=n, together=side if n == 1 else 1)
-            for n in sorted({1, min(2, resident), resident})
+            for n in ([1] if own.alone else sorted({1, min(2, resident), resident}))
         }
 
     heads, group = case.batch * case.kv_heads, case.q_heads // case.kv_heads
@@ -120,7 +120,7 @@ def backward_variants(case: Case) -> dict[str, BackwardConfig | None]:
     for part, one in {"dkv": base.dkv, "dk": base.dk, "dv": base.dv}.items():
         if one is not None and (part == "dkv") == (base.dkv is not None):
             found |= {f"{part} {name}": of(**{part: own}) for name, own in several(one, heads, case.key_len).items()}
-    if case.q_heads > case.kv_heads:
+    if case.q_heads > case.kv_heads and not (base.dkv or base.dk).alone:
         for n in (1, 2, 4):
             found[f"dkv split {n}"] = of(dkv=dataclasses.replace(base.dkv or base.dk, split=n))
     if case.head_dim <= 128:

@@ -1,4 +1,4 @@
-"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 to 27 (NOTES.md, "Hopper backward").
+"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 to 29 (NOTES.md, "Hopper backward").
 
 Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them,
 and rows differ or are short; else one, heads side by side (`tuning.side_by_side`). One / all of them, microseconds on an H100:
@@ -83,11 +83,11 @@ def backward_config(
         dv = WalkConfig(masks_all=True)
     keys = {"dkv": dkv, "dk": dk, "dv": dv, "fused": fused}
     keys = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in keys.items()}
-    own = _brief(keys | {"dq": dq}, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
+    own = _short_rows(keys | {"dq": dq}, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
     for name, one in own.items():
         if one is not None and not (one.roles or name == "fused"):
             parts, length = (heads, query_len) if name == "dq" else (heads // group * one.split, key_len)
-            own[name] = tuning.spread_out(one, parts, length, seen / key_len if sloped else None, 256)
+            own[name] = tuning.spread_out(one, parts, length, seen / key_len if sloped else None, tuning.WIDE)
     tiles = {name: cdiv(query_len if name == "dq" else key_len, one.rows) for name, one in own.items() if one}
     for name, one in own.items():
         if one is None or name == "fused" or one.alone:
@@ -109,10 +109,11 @@ def backward_config(
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
 
-def _brief(
+def _short_rows(
     own: dict[str, WalkConfig | None], heads: int, group: int, query_len: int, key_len: int, wide: int, more: bool, tiled: bool
 ) -> dict[str, WalkConfig | None]:  # fmt: skip
-    """The configurations, without a loading warpgroup where a row is a few tiles, as `tuning._brief`. more: masks, dropout, a bias.
+    """The configurations, without a loading warpgroup where a row is a few tiles, as `tuning._short_rows`. more: masks, dropout
+    or a bias.
 
     H200, 2026-11-29, both passes, us, before / dq so / dk and dv so / both: B64 H16 L64 D64 55.7 / 44.2 / 50.6 / -, 16 heads
     on 4 51.6 / 39.1 / 40.7 / 29.2, L16 40.7 / 31.1 / 32.7 / 22.8, float32 bias 86.6 / 58.9 / 81.0 / 53.7, D128 85.2 / 82.8 /
@@ -123,17 +124,15 @@ def _brief(
     if wide > 128:
         return own
 
-    def alone(one: WalkConfig | None, tiles: int, split: int) -> WalkConfig | None:
-        return one and dataclasses.replace(
-            one, alone=True, warpgroups=1, block_k=64, stages=tiles, brief=None, ahead=0, bias_stages=tiles, masks_all=False,
-            split=split,
-        )  # fmt: skip
+    def without_loader(one: WalkConfig | None, tiles: int) -> WalkConfig | None:
+        ring = {"block_k": 64, "stages": tiles, "brief": None, "ahead": 0, "bias_stages": tiles}
+        return one and dataclasses.replace(one, alone=True, warpgroups=1, masks_all=False, split=1, **ring)
 
     found, steps = dict(own), cdiv(query_len, 64) * group
     if key_len <= 64 or (key_len <= 128 and few) or (128 < key_len <= 192 and wide <= 64 and not more):
-        found["dq"] = alone(own["dq"], cdiv(key_len, 64), 1)
+        found["dq"] = without_loader(own["dq"], cdiv(key_len, 64))
     if steps <= (2 if tiled else 4) and (query_len <= 64 or (max(query_len, key_len) <= 128 and few)):
-        found |= {name: alone(own[name], steps, 1) for name in ("dkv", "dk", "dv")}
+        found |= {name: without_loader(own[name], steps) for name in ("dkv", "dk", "dv")}
     return found
 
 

@@ -216,6 +216,10 @@ class BackwardConfig:
     dv: WalkConfig
     fused: WalkConfig | None = None
 
+    def __post_init__(self) -> None:
+        if self.fused is not None and self.fused.alone:
+            raise ValueError("a fused kernel's loading warpgroup makes dq as well, so it cannot be alone.")
+
     def keys_together(self, head_dim: int, value_head_dim: int) -> WalkConfig | None:
         """How dk and dv are made by one kernel, if they are. In roles tiles of Q and of dO take turns in the same memory."""
         own = self.dkv

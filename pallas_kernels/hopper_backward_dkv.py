@@ -75,14 +75,15 @@ def dkv(
     several = config.row_tiles > 1
     if fused and (several or operands.bias is not None):
         raise ValueError(f"A fused kernel takes one row tile and no bias, got row_tiles {config.row_tiles}.")
-    steps = cdiv(shape.query_len, bq) * group // split
+    steps = cdiv(shape.query_len, bq) * cdiv(group, split)
     check_room(config, steps, q_stages, do_stages, *([config.bias_stages] if operands.brings_bias else []))
     staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
-    alone = not (fused or recipe.listed or recipe.ragged) and operands.bias is None  # its ring of tiles would have to be passed by
-    if operands.static is not None and alone and split == group:
+    # a bias's ring of tiles would have to be passed by as well
+    passable = not (fused or recipe.listed or recipe.ragged) and operands.bias is None
+    if operands.static is not None and passable and split == group:
         upward = dataclasses.replace(recipe, upward=True)
         if visits.cut_once(operands.static, config.rows, bk, shape.key_len, shape.query_len, bq, upward.leads, upward=True):
             recipe = dataclasses.replace(upward, cut_once=True)

@@ -80,7 +80,7 @@ def forward(
     if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
     bias_kind = recipe.bias_kind
-    check_room(config, cdiv(S, bk), config.stages, config.bias_stages if bias_kind == "tile" else config.stages)
+    check_room(config, cdiv(S, bk), config.stages, *([config.bias_stages] if bias_kind == "tile" else []))
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*operands: Any, q_s: Any, lse_s: Any, q_ready: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None,

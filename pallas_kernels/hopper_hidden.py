@@ -1,6 +1,6 @@
 """What a mask hides from everybody: keys that no query sees, queries that see no key. They may hold NaN, and 0 * NaN is NaN.
 
-So they become 0 in shared memory, before a product reads them: in a tile that streams past by the loading warpgroup, on its way
+So they become 0 in shared memory, before a product reads them: in a tile that streams past by the warpgroup that loads, on its way
 (`bring`); in a program's own rows by the warpgroup whose they are, before its first product. Most tiles have none: that is asked
 first, and costs them a look at a few bits. Which rows these are is known in two ways:
 

@@ -1,4 +1,5 @@
-"""What every Hopper kernel here is made of: warpgroups that compute and one that loads, rings of tiles in memory between them."""
+"""What every Hopper kernel here is made of: warpgroups that compute and one that loads, or none (`alone`), rings of tiles in memory
+between them."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def launch(
     kernel: Callable[..., None], config: ForwardConfig, *, programs: int, out_type: Sequence[Any], scratch_types: dict[str, Any],
     interpret: Any, scratch_bytes: int = 0,
 ) -> Callable[..., Any]:  # fmt: skip
-    """The kernel as a function of its operands; its axes are "program" and "wg", those of `config` and the one that loads.
+    """The kernel as a function of its operands; its axes are "program" and "wg", those of `config` and the one that loads, if
+    one does.
 
     scratch_bytes: of shared memory, where maxima and sums cross warps, which all warpgroups of a program have in common. None need
     it whose rows of a tile are a product's: those lie within four threads.

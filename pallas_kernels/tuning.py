@@ -1,4 +1,4 @@
-"""Which configuration a forward call gets. Measured on an H200, 2026-11-24 to 27, jax 0.11.2 (NOTES.md, "Hopper forward")."""
+"""Which configuration a forward call gets. Measured on an H200, 2026-11-24 to 29, jax 0.11.2 (NOTES.md, "Hopper forward")."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def forward_config(
     wide = max(head_dim, value_head_dim)
     seen = key_len if seen is None else seen
     steps = seen / (64 if wide > 128 else 128)
-    brief = _brief(heads, query_len, key_len, wide, sloped, not (dense or drops or bias_bytes) and masked == sloped)
+    brief = _short_rows(heads, query_len, key_len, wide, sloped, not (dense or drops or bias_bytes) and masked == sloped)
     if brief is not None:
         config = brief
     elif wide <= 64:
@@ -43,7 +43,7 @@ def forward_config(
     else:
         # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
         config = ForwardConfig(block_k=64, masks_all=dense)
-    config = spread_out(config, heads, query_len, seen / key_len if sloped else None, wide)
+    config = spread_out(config, heads, query_len, seen / key_len if sloped else None, NARROW if wide <= 64 else WIDE)
     resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
     row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops))
     # walks of one tile, D64, L 128: 6.2 us, the next queries in memory as well 6.7; with four query heads to a key head 17.4, 18.6
@@ -85,7 +85,7 @@ def beside_readers(config: Any, readers: tuple[int, bool], read: int) -> Any:
     number, across = readers
     if number == 1:
         return config
-    return dataclasses.replace(config, together=max(config.together, min(number, IN_CACHE // read)), across=across)
+    return dataclasses.replace(config, together=max(config.together, min(number, IN_CACHE // max(1, read))), across=across)
 
 
 def fitted(config: Any, less: Sequence[dict[str, Any]], needs: Callable[[Any], int]) -> Any:
@@ -121,9 +121,10 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
 
 
-def _brief(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, plain: bool) -> ForwardConfig | None:
+def _short_rows(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, plain: bool) -> ForwardConfig | None:
     """Where a row of keys is a few tiles there is nothing to hide loads under but other programs: then several share an SM, each
-    with all of its tiles under way at once. plain: neither a mask that is no slope, nor dropout, nor a bias.
+    with all of its tiles under way at once. plain: neither a mask that is no slope, nor dropout, nor a bias. Slopes were timed as
+    causal masks; segments count as one.
 
     H200, 2026-11-29, us, one loading warpgroup for two or three that compute / so: 64 keys of B64 H16 D64 16.6 / 6.6, D128 23.7 /
     18.7, D256 38.0 / 34.3; 128 keys of B32 H8 D64 6.2 / 5.0 (two warpgroups 5.5), of 32 heads on 8 17.1 / 15.3 (19.1), D128 9.4 /
@@ -151,11 +152,12 @@ def _alone(key_len: int, warpgroups: int, block_k: int) -> ForwardConfig:
     return ForwardConfig(alone=True, warpgroups=warpgroups, block_k=block_k, stages=tiles, bias_stages=tiles)
 
 
-TAKES = {64: {1: 0.56, 2: 0.84, 3: 1.0}, 256: {1: 0.75, 2: 1.0}}
-"""How long a program of so many warpgroups takes beside the widest one, up to that head dim (`spread_out`)."""
+NARROW, WIDE = {1: 0.56, 2: 0.84, 3: 1.0}, {1: 0.75, 2: 1.0}
+"""How long a program of so many warpgroups takes beside the widest one (`spread_out`): of the forward up to D64; beyond, and of the
+backward."""
 
 
-def spread_out(config: Any, heads: int, length: int, slope: float | None, wide: int) -> Any:
+def spread_out(config: Any, heads: int, length: int, slope: float | None, takes: dict[int, float]) -> Any:
     """Of a grid of at most two rounds of programs: the configuration with as many warpgroups as are done with it first.
 
     heads, length: of which a program takes `rows`; slope: how much of its rows is visited on average, if they differ.
@@ -168,7 +170,6 @@ def spread_out(config: Any, heads: int, length: int, slope: float | None, wide: 
     """
     if config.alone or heads * cdiv(length, config.rows) > 2 * SMS:
         return config
-    takes = TAKES[64 if wide <= 64 else 256]
 
     def done(warpgroups: int) -> float:
         programs = heads * cdiv(length, config.block_q * warpgroups)

@@ -574,9 +574,10 @@ def test_heads_that_share_a_bias_stand_side_by_side():
     assert (config.together, config.across) == (4, True)
     config = backward_config(**call, group=1, biased=True, readers=(4, True))
     assert [(own.together, own.across) for own in (config.dq, config.dkv)] == [(4, True)] * 2
-    assert (
-        forward_config(**call | {"key_len": 1 << 20}, readers=(4, True)).together == 1
-    )  # their keys alone are more than the cache
+    tiny = {"heads": 71, "query_len": 64, "key_len": 2, "head_dim": 8, "value_head_dim": 8, "bias_bytes": 4, "group": 71}
+    assert forward_config(**tiny, readers=(71, False)).together == 71  # less than a byte of keys to a query head
+    long = {**call, "key_len": 1 << 20}  # whose keys alone are more than the cache
+    assert forward_config(**long, readers=(4, True)).together == 1
 
 
 def test_short_rows_of_keys_need_no_loader():

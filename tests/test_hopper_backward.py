@@ -330,6 +330,16 @@ def test_every_configuration_fits_the_shared_memory():
                         assert own is None or backward_tuning.shared_bytes(kernel, own, **facts) <= SHARED_MEMORY, (kernel, E, Ev)
 
 
+def test_a_share_of_a_group_must_fit_the_ring_and_a_fused_kernel_has_one_who_loads():
+    alone = WalkConfig(alone=True, warpgroups=1, stages=1, ahead=0, bias_stages=1, split=2)
+    own = BackwardConfig(dq=alone, dkv=alone, dk=alone, dv=alone)
+    run, args = kernels(make(64, 64, B=1, Hq=3, Hk=1, E=64).rounded(jnp.bfloat16), config=own)
+    with pytest.raises(ValueError, match="the rings hold all 2 tiles"):
+        run(*args)
+    with pytest.raises(ValueError, match="so it cannot be alone"):
+        dataclasses.replace(own, fused=alone)
+
+
 def test_a_fused_kernel_takes_one_row_tile():
     several = dataclasses.replace(FUSED, fused=dataclasses.replace(FUSE, row_tiles=2))
     run, args = kernels(make(72, 136, B=1, Hq=1, E=64).rounded(jnp.bfloat16), config=several)
