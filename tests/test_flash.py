@@ -497,11 +497,11 @@ def test_gradients_lower_where_memory_is_scarce_and_where_tiles_are_narrow(E, Ev
 
 @needs_mosaic
 def test_the_determinism_flag_chooses_the_gradients_kernels(monkeypatch):
-    """Head dim 64, long: a kernel that adds to dq in any order, and one that puts its sums in order; two that give the same bits
+    """Head dim 64, long, several heads: a kernel that adds to dq in any order, and one that orders its sums; two that give the same bits
     each time, if XLA is asked for that."""
     from jax_sdpa.device import assume_device
 
-    q, short = (jax.ShapeDtypeStruct((1, 2, length, 64), jnp.bfloat16) for length in (2048, 1024))
+    q, short = (jax.ShapeDtypeStruct((1, 8, length, 64), jnp.bfloat16) for length in (2048, 1024))
 
     def seen():
         grad = jax.grad(lambda q, k, v: scaled_dot_product_attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
