@@ -25,14 +25,14 @@ from pallas_kernels.visits import cdiv
 
 def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
-    dense: bool = False, sloped: bool = False, cut_once: bool = False, seen: float | None = None, drops: bool = False,
-    biased: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False), capped: bool = False,
+    dense: bool = False, tiled: bool = False, sloped: bool = False, cut_once: bool = False, seen: float | None = None,
+    drops: bool = False, biased: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False), capped: bool = False,
     deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
-    masked, dense, sloped, cut_once, seen, drops, bias_bytes, readers: as `tuning.forward_config`'s, cut_once of walks of queries
-    too; biased: there is a bias of any size. capped: there is a softcap. deterministic: the same bits each time, so not the
+    masked, dense, tiled, sloped, cut_once, seen, drops, bias_bytes, readers: as `tuning.forward_config`'s, cut_once of walks of
+    queries too; biased: there is a bias of any size. capped: there is a softcap. deterministic: the same bits each time, so not the
     fused kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
@@ -40,50 +40,20 @@ def backward_config(
     """
     wide = max(head_dim, value_head_dim)
     seen = key_len if seen is None else seen
-    dkv: WalkConfig | None = None
-    fused: WalkConfig | None = None
+    may_fuse = not (deterministic or capped)
     if wide <= 64:
-        # beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)
-        dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
-        # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347
-        dq = dataclasses.replace(dv, early=not drops and (not masked or (cut_once and seen > 512)))
-        # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
-        dkv = dk = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
         many = heads // group * cdiv(key_len, 128) > tuning.SMS // 2  # B1 H8 L1024 35.8 us, fused 38.7; B1 H16 52.8, 45.8
-        if not (deterministic or capped) and head_dim > 48 and min(query_len, seen) >= 1024 and many:
-            fused = WalkConfig(**FUSED)  # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
+        fuses = may_fuse and head_dim > 48 and min(query_len, seen) >= 1024 and many
+        own = _narrow(fuses, seen, masked, cut_once, drops, bias_bytes > 0)
     elif wide <= 128:
-        dq = WalkConfig(stages=3)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
-        # pair, p in float32 / in half precision, us: L 2048 1263 / 1294, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
-        # dropout 3143 / 3559, causal 1530 / 1716; both passes, TFLOP/s: bias 448 / 421, segments 291 / 283, but a window of 1024
-        # 389 / 406. Beside a dense mask (545 / 544), or unmasked at L 512 (398 / 396 us), p in float32 spills.
-        # Nor where a program has key lengths (L 4096 1402 / 1384 us, L 2048 811 / 734), or several heads of a group in more than
-        # two shares: 28 on 4 in 4 shares 889 / 793 us, causal 438 / 393; in 2 shares, 32 on 8, 700 / 732, causal 379 / 428, in one,
-        # causal, L 8192, 2472 / 2565. Beside a softcap 2048 / 2157 us, causal 1048 / 1112.
-        own = _shared_out(WalkConfig(), heads // group, key_len, group)
-        often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < own.split < group
-        half = often or (not masked and seen <= 512)
-        # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
-        dkv = dk = dv = WalkConfig(half=half, masks_all=sloped and own.split < group and not half)
-        if not (deterministic or capped or drops) and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048):
-            # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553
-            fused = WalkConfig(**FUSED)  # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596
-    elif wide <= 192:
-        dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
-        # in roles 1192 us, several row tiles 1172, p in half precision 1274, one after the other 1513; causal 657, 634, 698, 901
-        dkv = WalkConfig(roles=True, plain=True)
-        dk = dv = WalkConfig(masks_all=True)
+        # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553
+        fuses = may_fuse and not drops and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048)
+        split = _shared_out(WalkConfig(), heads // group, key_len, group).split
+        own = _middle(fuses, seen, split, group, masked, dense, tiled, sloped, cut_once)
     else:
-        # causal, L 16384: 1984 us, not every tile masked 2017, p in half precision 2049, not early 3866
-        dq = WalkConfig(masks_all=True, brief=1, early=True)
-        # in roles: L 2048 780 us, p in half precision 832, not plain 878, one after the other 1133; causal, L 16384: 2898, 3223,
-        # 3615, 4674
-        dkv = WalkConfig(roles=True, plain=True)
-        dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
-        dv = WalkConfig(masks_all=True)
-    keys = {"dkv": dkv, "dk": dk, "dv": dv, "fused": fused}
-    keys = {name: one and _shared_out(one, heads // group, key_len, group) for name, one in keys.items()}
-    own = _short_rows(keys | {"dq": dq}, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
+        own = _wide(wide)
+    own = {name: one if name == "dq" else one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()}
+    own = _short_rows(own, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
     for name, one in own.items():
         if one is not None and not (one.roles or name == "fused"):
             parts, length = (heads, query_len) if name == "dq" else (heads // group * one.split, key_len)
@@ -109,9 +79,65 @@ def backward_config(
     return BackwardConfig(**found)  # type: ignore[arg-type]
 
 
+Kernels = dict[str, WalkConfig | None]
+"""'dq', 'dkv', 'dk', 'dv' and 'fused': `BackwardConfig`'s fields."""
+
+
+def _narrow(fuses: bool, seen: float, masked: bool, cut_once: bool, drops: bool, tiled_bias: bool) -> Kernels:
+    """D64. Beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)."""
+    dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
+    # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347
+    dq = dataclasses.replace(dv, early=not drops and (not masked or (cut_once and seen > 512)))
+    # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
+    dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
+    if tiled_bias:
+        dkv = dataclasses.replace(dkv, registers=ROOM)
+    # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
+    return {"dq": dq, "dkv": dkv, "dk": dkv, "dv": dv, "fused": WalkConfig(**FUSED) if fuses else None}
+
+
+def _middle(
+    fuses: bool, seen: float, split: int, group: int, masked: bool, dense: bool, tiled: bool, sloped: bool, cut_once: bool
+) -> Kernels:  # fmt: skip
+    """D128. split: of how many programs each makes the gradients of a share of a group's heads.
+
+    Pair, p in float32 / in half precision, us: L 2048 1263 / 1294, causal 699 / 722, L 16384 9737 / 9677, causal 4808 / 4958,
+    dropout 3143 / 3559, causal 1530 / 1716; both passes, TFLOP/s: bias 448 / 421, segments 291 / 283, but a window of 1024 389 /
+    406. Beside a dense mask (545 / 544), or unmasked at L 512 (398 / 396 us), p in float32 spills. Nor where a program has key
+    lengths (L 4096 1402 / 1384 us, L 2048 811 / 734), or several heads of a group in more than two shares: 28 on 4 in 4 shares
+    889 / 793 us, causal 438 / 393; in 2 shares, 32 on 8, 700 / 732, causal 379 / 428, in one, causal, L 8192, 2472 / 2565. Beside
+    a softcap 2048 / 2157 us, causal 1048 / 1112.
+    """
+    dq = WalkConfig(stages=3, registers=ROOM)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
+    often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < split < group
+    half = often or (not masked and seen <= 512)
+    # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
+    dkv = WalkConfig(half=half, masks_all=sloped and split < group and not half)
+    # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596. Where a branch decides on a mask as
+    # large as the scores 4 bytes are spilled: 3481 us of both passes, so 3434; but a causal array, of full tiles, 1882 and 1914
+    fused = WalkConfig(**FUSED, masks_all=tiled) if fuses else None
+    return {"dq": dq, "dkv": dkv, "dk": dkv, "dv": dkv, "fused": fused}
+
+
+def _wide(wide: int) -> Kernels:
+    """D192 and D256: dk and dv in roles, or, where E != Ev, one after the other."""
+    dkv = WalkConfig(roles=True, plain=True)
+    dv = WalkConfig(masks_all=True)
+    if wide <= 192:
+        dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
+        # in roles 1192 us, several row tiles 1172, p in half precision 1274, one after the other 1513; causal 657, 634, 698, 901
+        return {"dq": dq, "dkv": dkv, "dk": dv, "dv": dv, "fused": None}
+    # causal, L 16384: 1984 us, not every tile masked 2017, p in half precision 2049, not early 3866
+    dq = WalkConfig(masks_all=True, brief=1, early=True)
+    # in roles: L 2048 780 us, p in half precision 832, not plain 878, one after the other 1133; causal, L 16384: 2898, 3223,
+    # 3615, 4674
+    dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
+    return {"dq": dq, "dkv": dkv, "dk": dk, "dv": dv, "fused": None}
+
+
 def _short_rows(
-    own: dict[str, WalkConfig | None], heads: int, group: int, query_len: int, key_len: int, wide: int, more: bool, tiled: bool
-) -> dict[str, WalkConfig | None]:  # fmt: skip
+    own: Kernels, heads: int, group: int, query_len: int, key_len: int, wide: int, more: bool, tiled: bool
+) -> Kernels:  # fmt: skip
     """The configurations, without a loading warpgroup where a row is a few tiles, as `tuning._short_rows`. more: masks, dropout
     or a bias.
 
@@ -135,6 +161,10 @@ def _short_rows(
         found |= {name: without_loader(own[name], steps) for name in ("dkv", "dk", "dv")}
     return found
 
+
+ROOM = (232, 40)
+"""Registers where the loading warpgroup has more to know than 24 hold: which rows are hidden, where tiles of a bias lie. At D128 dk
+and dv need their 240 (C7512)."""
 
 FUSED: dict[str, Any] = {"plain": True, "registers": (216, 72)}
 """Of the fused kernel: 216 registers let nothing be in flight under ds (C7512), 72 hold a piece of dq; more than 504 hang."""
@@ -167,7 +197,7 @@ LESS: tuple[dict[str, Any], ...] = (
     {"brief": 1},
     {"ahead": 0},
     {"block_k": 64},
-    {"warpgroups": 1, "registers": (248, 24)},
+    {"warpgroups": 1, "registers": tuning.OF_TWO},
 )
 """What a configuration gives up, in this order, until it fits the shared memory."""
 

@@ -68,6 +68,12 @@ def bits(keep: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(octets.reshape(*octets.shape[:-1], -1, WORD // 8), jnp.uint32)
 
 
+def bit(words: Sequence[Any], at: Any) -> Any:
+    """Bool like at (int32, in [0, 64)): bits of two int32 words, the first one's first."""
+    low, high = (jnp.full(at.shape, word, jnp.int32) for word in words)
+    return lax.shift_right_logical(jnp.where(at < WORD, low, high), at & (WORD - 1)) & 1 == 1
+
+
 def pack(keep: jax.Array, rows: int, block_k: int) -> jax.Array:
     """A bool mask as int32 words, lengths filled up to whole tiles and pieces with what is masked; see the table above."""
     _, _, L, S = keep.shape

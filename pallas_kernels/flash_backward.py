@@ -61,7 +61,7 @@ def backward(
     if config is None:
         config = chosen(
             heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=bias,
-            dense_mask=keep is not None, drops=drops, capped=softcap is not None, deterministic=deterministic,
+            keep=keep, drops=drops, capped=softcap is not None, deterministic=deterministic,
             readers=dense.readers(bias, B, Hq),
         )  # fmt: skip
     given_mask = mask
@@ -130,7 +130,7 @@ def backward(
 
 
 def chosen(
-    *, query_len: int, key_len: int, mask: Any, bias: Any, dense_mask: bool, deterministic: bool, **facts: Any
+    *, query_len: int, key_len: int, mask: Any, bias: Any, keep: Any, deterministic: bool, **facts: Any
 ) -> BackwardConfig:  # fmt: skip
     """The tuned configuration of a call; facts: more of what `backward_tuning.backward_config` asks for. With `fused` (only where
     not deterministic), and where all of query, key and value are wanted, dq's last bits vary from run to run.
@@ -139,10 +139,15 @@ def chosen(
     """
     sloped, seen = slope(mask, query_len, key_len)
     deterministic = deterministic or bias is not None or has_ids(mask)
-    once = not (dense_mask or jax.tree.leaves(mask)) and bias is None and query_len % 64 == 0 and cut_once(mask, query_len, key_len)
+    once = (
+        not (keep is not None or jax.tree.leaves(mask))
+        and bias is None
+        and query_len % 64 == 0
+        and cut_once(mask, query_len, key_len)
+    )
     return backward_tuning.backward_config(
-        query_len=query_len, key_len=key_len, masked=mask is not None or dense_mask, dense=dense_mask, sloped=sloped,
-        cut_once=once, seen=seen,
+        query_len=query_len, key_len=key_len, masked=mask is not None or keep is not None, dense=keep is not None,
+        tiled=keep is not None and dense.kind(keep) == "tile", sloped=sloped, cut_once=once, seen=seen,
         biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic, **facts,
     )  # fmt: skip
 

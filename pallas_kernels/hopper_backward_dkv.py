@@ -147,6 +147,13 @@ def dkv(
             def rows_at(r: Any) -> GradientRows:
                 return item.rows_at(r, wg)
 
+            # What says the same of a key in every step is read once: fused, its place in memory is 7 registers too many.
+            once = recipe.keep_kind in ("row", "scalar") and (group == 1 or refs.keep.shape[1] == 1)
+            own_words = rows_at(zero).keep_words(zero) if once else []
+
+            def keep_words(r: Any, i: Any) -> list[Any]:
+                return own_words if once else rows_at(r).keep_words(i)
+
             def column(ref: Any) -> Any:
                 found = plgpu.load(ref, layout=COLUMN)  # pyright: ignore[reportCallIssue] (0.10 had an index)
                 return lax.broadcast_in_dim(found, (bk, bq), [1])
@@ -165,7 +172,11 @@ def dkv(
 
                 def store(ds: Any) -> None:
                     pl.when(n >= 2)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
-                    ds_s[buffer, pl.ds(wg * bk, bk)] = ds
+                    own_ds = ds_s.at[buffer, pl.ds(wg * bk, bk)]
+                    if recipe.keep_kind is not None or (recipe.mask is not None and operands.static is None):
+                        products.store(own_ds, ds)
+                    else:  # under a causal mask, or none, there are registers; so, ptxas serialises products (C7512)
+                        own_ds[...] = ds
 
                 def tell() -> None:
                     plgpu.commit_smem()
@@ -198,7 +209,7 @@ def dkv(
                     r_next, i_next = (lax.select(n_next < end, new, old) for new, old in ((r_next, r), (i_next, i)))
                 now, following = (slot(x, q_stages) for x in (n, n_next))
                 do_now, do_next = (slot(x, do_stages) for x in (n, n_next))
-                packed = [] if last else rows_at(r_next).keep_words(i_next)
+                packed = [] if last else keep_words(r_next, i_next)
                 unmoved = lax.optimization_barrier(zero) if moves else 0
                 k_own, v_own = owns(wg + unmoved)
                 if do_stages == 1 and needs_v:  # else where its pieces lie would be held too; dv alone has the registers
@@ -220,7 +231,7 @@ def dkv(
 
             lead = rows_at(zero).lead + zero if recipe.cut_once else zero
 
-            packed = rows_at(zero).keep_words(zero)
+            packed = keep_words(zero, zero)
             plgpu.barrier_wait(kv_ready.at[wg])
             clear_own(own, k_own, *([v_own] if needs_v else []))  # fused: ds_ready tells the others
             if recipe.cut_once:

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import online_softmax
+from pallas_kernels import dense, online_softmax
 from pallas_kernels.contracts import DecodeConfig, ForwardShape
 from pallas_kernels.hopper_hidden import Part, bring, seen_by_any
 from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, swizzle_of, tile
@@ -179,8 +179,7 @@ def forward(
                 pieces.keys(k_ref, b, h, t)(k8.at[now], k_ready.at[now])
                 for of, scales in ((KEY, key_scales), (VALUE, value_scales)):
                     pieces.scales(scales, b, h, t)(scales_s.at[now, of], k_ready.at[now])
-                same = v16.at[now] if is_real else None
-                bring(pieces.keys(v_ref, b, h, t), v8.at[now], v_ready.at[now], part, barriers.get("v_came"), paging.copies, same)
+                bring(pieces.keys(v_ref, b, h, t), v8.at[now], v_ready.at[now], part, barriers.get("v_came"), paging.copies)
 
             pieces.loop(0, walk.steps, step, None)
             return done + walk.steps
@@ -248,4 +247,4 @@ def _kept(scales: Any, part: Part | None) -> Any:
     if part is None:
         return scales
     key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=ROW)
-    return jnp.where(plgpu.layout_cast(part.kept(0, key), ROW), scales, 0.0)
+    return jnp.where(plgpu.layout_cast(dense.bit(part.seen(0), key), ROW), scales, 0.0)

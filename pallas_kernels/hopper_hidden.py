@@ -25,10 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, visits
 from pallas_kernels.contracts import has_ids
-from pallas_kernels.hopper_memory import TILE, swizzle_of
+from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_scores import Recipe, Refs, mask_of, shared
 
-ROWS = 64  # that are cleared at a time: a warpgroup's tile
+ROWS = 2 * dense.WORD  # that are cleared at a time
 
 
 def hidden_by_numbers(mask: Any, L: int, S: int) -> bool:
@@ -59,16 +59,18 @@ def words(seen: jax.Array, block: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Of some rows: cut, whether any is hidden; kept(first, row), which are not: a tile of row numbers, 0 that of row `first`."""
+    """Of some rows: cut, whether any is hidden; seen(first), which are not of the `ROWS` from `first` on: two words, a bit each."""
 
+    products: Wgmma
     cut: Any
-    kept: Callable[[int, Any], Any]
+    seen: Callable[[int], tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
     """Rows outside of [lo, hi) are hidden, of `length` that there are."""
 
+    products: Wgmma
     lo: Any
     hi: Any
     length: int
@@ -77,17 +79,24 @@ class Span:
         return ()
 
     def part(self, start: Any, rows: int, asked: tuple[Any, ...] | None = None) -> Part:
-        def kept(first: int, row: Any) -> Any:
-            at = start + first
-            return (row >= self.lo - at) & (row < self.hi - at)
+        def seen(first: int) -> tuple[Any, Any]:
+            word = lambda at: _below(self.hi - at) & ~_below(self.lo - at)  # noqa: E731
+            return word(start + first), word(start + first + dense.WORD)
 
-        return Part((start < self.lo) | (visits.least(start + rows, self.length) > self.hi), kept)
+        return Part(self.products, (start < self.lo) | (visits.least(start + rows, self.length) > self.hi), seen)
+
+
+def _below(n: Any) -> Any:
+    """A word whose bits below bit n are 1."""
+    least = jnp.maximum(n, 0)
+    return jnp.where(least < dense.WORD, lax.shift_left(1 + 0 * least, least) - 1, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
     """`ref[(*at, n)]` has a bit for each row from 32 n on, 0 of a hidden one."""
 
+    products: Wgmma
     ref: Any
     at: tuple[Any, ...]
 
@@ -97,13 +106,12 @@ class Bits:
         return tuple(self.ref[(*self.at, word + n)] for n in range(rows // dense.WORD))
 
     def part(self, start: Any, rows: int, asked: tuple[Any, ...] | None = None) -> Part:
-        def kept(first: int, row: Any) -> Any:
-            words = self.asked(start + first, ROWS)  # again: registers are few where it is asked
-            low, high = (jnp.full(row.shape, found, jnp.int32) for found in words)
-            return (lax.shift_right_logical(jnp.where(row < dense.WORD, low, high), row & (dense.WORD - 1)) & 1) == 1
+        def seen(first: int) -> tuple[Any, Any]:
+            low, high = self.asked(start + first, ROWS)  # again: registers are few where it is asked
+            return low, high
 
         words = self.asked(start, rows) if asked is None else asked
-        return Part(functools.reduce(lambda a, b: a & b, words) != np.int32(-1), kept)
+        return Part(self.products, functools.reduce(lambda a, b: a & b, words) != np.int32(-1), seen)
 
 
 def seen_by_any(recipe: Recipe, refs: Refs, b: Any, h: Any = 0) -> Span | Bits | None:
@@ -118,29 +126,20 @@ def own_seen_by_any(recipe: Recipe, refs: Refs, b: Any, h: Any = 0) -> Span | Bi
 
 def _seen(recipe: Recipe, refs: Refs, b: Any, h: Any, told: Any, hides: bool, *, own: bool) -> Span | Bits | None:
     if told is not None:
-        return Bits(told, shared(told, b, h))
+        return Bits(recipe.products, told, shared(told, b, h))
     if not hides:
         return None
     mask, sizes = mask_of(recipe, refs, b), (recipe.shape.query_len, recipe.shape.key_len)
     if own:
         mask, sizes = mask.transposed(), sizes[::-1]
     lo, hi = mask.kv_range(0, sizes[0], *sizes)
-    return Span(lo, hi, sizes[1])
+    return Span(recipe.products, lo, hi, sizes[1])
 
 
 def clear(memory: Any, part: Part) -> None:
-    """Zeros for the hidden rows of a tile (rows, dim) that has arrived; `commit_smem` is left to do.
-
-    As many columns at a time as lie together in shared memory: with `ROWS` rows that is what few registers hold.
-    """
-    columns = swizzle_of(memory.shape[1], memory.dtype)[1]
+    """Zeros for the hidden rows of a tile (rows, dim) that has arrived; `commit_smem` is left to do."""
     for first in range(0, memory.shape[0], ROWS):
-        for column in range(0, memory.shape[1], columns):
-            piece = memory.at[pl.ds(first, ROWS), pl.ds(column, columns)]
-            row = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=TILE)
-            kept = plgpu.layout_cast(part.kept(first, row), TILE)
-            found = plgpu.load(piece, layout=TILE)  # pyright: ignore[reportCallIssue]
-            piece[...] = jnp.where(kept, found, jnp.zeros_like(found))
+        part.products.clear(memory.at[pl.ds(first, ROWS)], part.seen(first))
 
 
 def clear_own(part: Part | None, *tiles: Any) -> None:
@@ -155,13 +154,10 @@ def clear_own(part: Part | None, *tiles: Any) -> None:
         plgpu.commit_smem()
 
 
-def bring(
-    copy: Callable[[Any, Any], None], memory: Any, ready: Any, part: Part | None, came: Any, copies: int = 1, same: Any = None
-) -> None:
+def bring(copy: Callable[[Any, Any], None], memory: Any, ready: Any, part: Part | None, came: Any, copies: int = 1) -> None:
     """The loader's copy(memory, barrier) of a tile, whose hidden rows are 0 when `ready` hears of it.
 
-    came: a barrier of the loader's own; copies: in how many the tile arrives, each of which either barrier counts; same: the same
-    memory as numbers of another type, whose zeros are this one's.
+    came: a barrier of the loader's own; copies: in how many the tile arrives, each of which either barrier counts.
     """
     if part is None:
         copy(memory, ready)
@@ -172,7 +168,7 @@ def bring(
     def _() -> None:
         copy(memory, came)
         plgpu.barrier_wait(came)
-        clear(memory if same is None else same, part)
+        clear(memory, part)
         plgpu.commit_smem()
         for _ in range(copies):
             plgpu.barrier_arrive(ready)

@@ -74,6 +74,19 @@ class Wgmma:
             return tile.astype(jnp.float32)
         return hopper_ptx.widened(tile)
 
+    def store(self, memory: Any, tile: Any) -> None:
+        """A tile (64, columns) of halves into shared memory."""
+        if not self.interpret:
+            return hopper_ptx.store(memory, tile)
+        memory[...] = tile
+
+    def clear(self, memory: Any, seen: tuple[Any, Any]) -> None:
+        """Zeros for rows of a tile (64, dim) in shared memory, whose bit in two words is 0; `commit_smem` is left to do."""
+        if not self.interpret:
+            return hopper_ptx.clear(memory, seen)
+        kept, found = dense.bit(seen, lax.broadcasted_iota(jnp.int32, memory.shape, 0)), memory[...]
+        memory[...] = jnp.where(kept, found, jnp.zeros_like(found))
+
     def kept(self, s: Any, words: Sequence[Any]) -> Any:
         """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece of keys (`dense.pack`)."""
         return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words)

@@ -12,7 +12,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 
-from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, WORDS
+from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, WORDS, swizzle_of, transforms
 
 
 def ptx(code: str, constraints: str, results: Sequence[Any], operands: Sequence[Any], *, effects: bool = False) -> list[Any]:
@@ -76,8 +76,9 @@ def kept(s: Any, words: Sequence[Any]) -> Any:
         unequal = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 1)  # arith.cmpi's "ne"
         registers, pieces = np.empty(s.registers.shape, object), [_whole(word) for word in words]
         eights = s.registers.size // 2 // len(pieces)  # of a piece's columns, in each of which a row has a register
-        for n, register in enumerate(s.registers.flat):
-            (piece, j), row = divmod(n // 2, eights), n % 2
+        found = list(s.registers.flat)
+        for n in sorted(range(len(found)), key=lambda n: (n // 8, n // 2 % 4 == 3, n % 2)):
+            (piece, j), row, register = divmod(n // 2, eights), n % 2, found[n]
             bits = [op("arith.andi", i32(), pieces[piece][row], mgpu.utils.c(_signed(1 << 2 * j + e), i32())) for e in (0, 1)]
             tests = [op("arith.cmpi", i1, bit, mgpu.utils.c(0, i32()), predicate=unequal) for bit in bits]
             chosen = [op("arith.select", f32, test, element(register, e), hidden) for e, test in enumerate(tests)]
@@ -87,6 +88,89 @@ def kept(s: Any, words: Sequence[Any]) -> Any:
     result = plgpu.ShapeDtypeStruct(s.shape, s.dtype, layout=TILE)
     run: Any = plgpu.inline_mgpu(arg_types=(TILE, *[WORDS] * len(words)), return_type=result)(keep)
     return run(s, *words)
+
+
+def clear(memory: Any, seen: tuple[Any, Any]) -> None:
+    """Zeros for rows of a tile (64, dim) in shared memory, whose bit in two words is 0.
+
+    TMA's swizzle moves 16 bytes about within a row of as many bytes as it is wide, so that many can be cleared without knowing of
+    it, by threads that have 16 each. Through registers, as a tile, it takes 16 of a loader's 24 at a time, which then spill.
+    """
+    swizzle, columns = swizzle_of(memory.shape[1], memory.dtype)
+    threads, pieces = swizzle // 16, memory.shape[1] // columns  # of a row, in each piece of its columns
+    at_once, stores = 128 // threads, ""
+    for first in range(0, 64, at_once):
+        stores += f"shr.u64 bits, seen, row;\nand.b64 bits, bits, 1;\nsetp.eq.u64 hidden, bits, 0;\nadd.u32 row, row, {at_once};\n"
+        for piece in range(pieces):
+            offset = (first * pieces + 8 * piece) * swizzle  # of tiles of 8 rows, each `pieces` times
+            stores += f"@hidden st.shared.v4.b32 [at + {offset}], {{zero, zero, zero, zero}};\n"
+    code = f"""{{
+.reg .pred hidden;
+.reg .b32 thread, row, at, more, zero;
+.reg .b64 seen, bits;
+mov.b64 seen, {{$1, $2}};
+mov.b32 zero, 0;
+mov.u32 thread, %tid.x;
+and.b32 thread, thread, 127;
+shr.u32 row, thread, {threads.bit_length() - 1};
+and.b32 at, thread, {threads - 1};
+mad.lo.u32 at, at, 16, $0;
+shr.u32 more, row, 3;
+mad.lo.u32 at, more, {8 * pieces * swizzle}, at;
+and.b32 more, row, 7;
+mad.lo.u32 at, more, {swizzle}, at;
+{stores}
+}}"""
+
+    def run(_: Any, memory: Any, low: Any, high: Any) -> None:
+        at = op("llvm.ptrtoint", i32(), mgpu.utils.memref_ptr(memory))
+        ptx(code, "r,r,r,~{memory}", [], [at, low.registers.item(), high.registers.item()], effects=True)
+
+    kind = plgpu.RefType(transforms(memory.shape[1], memory.dtype))
+    call: Any = plgpu.inline_mgpu(arg_types=(kind, ROW, ROW))(run)  # of a number the layout means nothing
+    call(memory, *seen)
+
+
+def store(memory: Any, tile: Any) -> None:
+    """A tile (64, columns) of halves in WGMMA's layout into shared memory, columns a multiple of 64.
+
+    As `memory[...] = tile`, but a thread makes where its rows lie of one number: of Mosaic's two that no step changes one waits in
+    registers all through a loop that has none left.
+    """
+    _, columns = tile.shape
+    pieces = columns // 64  # of 128 bytes a row, in each of which TMA's swizzle exchanges 16 bytes by the row's place among 8
+    stores, operand = "", 1
+    for piece in range(pieces):
+        for pair in range(4):  # two times 8 columns of 16 rows a warp
+            words = ", ".join(f"${operand + n}" for n in range(4))
+            stores += f"xor.b32 place, at, {32 * pair};\n"
+            stores += f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [place + {1024 * piece}], {{{words}}};\n"
+            operand += 4
+    code = f"""{{
+.reg .b32 thread, at, place, row, odd;
+mov.u32 thread, %tid.x;
+shr.u32 place, thread, 3;
+shr.u32 odd, thread, 4;
+and.b32 row, odd, 6;
+and.b32 odd, odd, 1;
+and.b32 place, place, 1;
+or.b32 row, row, place;
+mad.lo.u32 at, row, {1024 * pieces}, $0;
+and.b32 row, thread, 7;
+mad.lo.u32 at, row, 128, at;
+xor.b32 row, row, odd;
+mad.lo.u32 at, row, 16, at;
+{stores}
+}}"""
+
+    def run(_: Any, memory: Any, tile: Any) -> None:
+        at = op("llvm.ptrtoint", i32(), mgpu.utils.memref_ptr(memory))
+        words = [mgpu.utils.bitcast(register, i32()) for register in tile.registers.flat]
+        ptx(code, ",".join("r" * (1 + len(words))) + ",~{memory}", [], [at, *words], effects=True)
+
+    kind = plgpu.RefType(transforms(columns, tile.dtype))
+    call: Any = plgpu.inline_mgpu(arg_types=(kind, TILE))(run)
+    call(memory, tile)
 
 
 def _whole(word: Any) -> list[Any]:

@@ -11,6 +11,8 @@ from pallas_kernels.visits import cdiv
 
 SMS = 132  # of an H100 SXM and an H200
 
+OF_TWO = (248, 56)  # registers, of a warpgroup that computes and one that loads: they may have 512 together
+
 THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 """D64: its accumulators leave room for a third warpgroup, which is more than what either overlap gives (558 to 436 TFLOP/s)."""
 
@@ -106,7 +108,7 @@ LESS: tuple[dict[str, Any], ...] = (
     {"row_tiles": 1},
     {"bias_stages": 1},
     {"block_k": 64},
-    {"warpgroups": 1, "registers": (240, 24)},
+    {"warpgroups": 1, "registers": OF_TWO},
 )
 """What a configuration gives up, in this order, until it fits the shared memory: 128 keys with one tile of a float32 bias in flight
 are faster than 64 keys with two (402 to 372 TFLOP/s)."""
@@ -178,7 +180,7 @@ def spread_out(config: Any, heads: int, length: int, slope: float | None, takes:
     chosen = min(range(config.warpgroups, 0, -1), key=done)
     if chosen == config.warpgroups:
         return config
-    return dataclasses.replace(config, warpgroups=chosen, registers=(240, 24), pinned=False)
+    return dataclasses.replace(config, warpgroups=chosen, registers=OF_TWO if chosen == 1 else (240, 24), pinned=False)
 
 
 def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool) -> ForwardConfig:

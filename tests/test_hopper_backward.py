@@ -52,7 +52,7 @@ def usual(problem, *, mask, keep, p):
     (_, Hq, L, E), (_, H, S, Ev) = problem.query.shape, problem.value.shape
     found = flash_backward.chosen(
         heads=10**4 * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=None,
-        dense_mask=keep is not None, drops=p > 0, capped=problem.softcap is not None, deterministic=True,
+        keep=keep, drops=p > 0, capped=problem.softcap is not None, deterministic=True,
     )  # fmt: skip
     return BackwardConfig(**{name: one and dataclasses.replace(one, row_tiles=1) for name, one in vars(found).items()})
 

@@ -205,7 +205,7 @@ def _adds_in_any_order(request: SdpaRequest, device: Device) -> bool:
     config = flash_backward.chosen(
         heads=request.batch * request.q_heads, group=request.group, query_len=request.query_len, key_len=request.key_len,
         head_dim=request.head_dim, value_head_dim=request.value_head_dim, mask=request.mask if request.masks else None,
-        bias=request.bias, dense_mask=request.keep_mask is not None, drops=drops, capped=request.spec.softcap is not None,
+        bias=request.bias, keep=request.keep_mask, drops=drops, capped=request.spec.softcap is not None,
         deterministic=device.deterministic,
     )  # fmt: skip
     return config.fused is not None
