@@ -91,7 +91,8 @@ class ForwardConfig:
     dense mask that cuts no more than one tile of a walk. spread: a mask that is no prefix stands in the loop over key tiles even
     where only the first one needs it. masks_all: every tile is masked, without a branch. alone: no warpgroup loads, the first
     one asks for all tiles before it computes, so the ring has as many stages as there are; registers are then what the assembler
-    needs, and several programs share an SM.
+    needs, and several programs share an SM. chains: sums of a row are kept apart (`online_softmax.update`), a tile's in so many
+    chains; 0: they are added up in each tile.
     """
 
     block_q: int = 64
@@ -110,6 +111,7 @@ class ForwardConfig:
     q_registers: bool = False
     masks_all: bool = False
     alone: bool = False
+    chains: int = 0
 
     def __post_init__(self) -> None:
         if self.block_q != 64:
@@ -124,6 +126,8 @@ class ForwardConfig:
             raise ValueError(f"row_tiles must be at least 1, got {self.row_tiles}.")
         if self.together < 1:
             raise ValueError(f"together must be at least 1, got {self.together}.")
+        if self.chains not in (0, 1, 2, 4, 8):
+            raise ValueError(f"chains must be 0, 1, 2, 4 or 8, got {self.chains}.")
         if self.queries not in (1, 2):
             raise ValueError(f"queries must be 1 or 2, got {self.queries}.")
         if self.warpgroups not in (1, 2, 3):

@@ -87,9 +87,10 @@ class Wgmma:
         kept, found = dense.bit(seen, lax.broadcasted_iota(jnp.int32, memory.shape, 0)), memory[...]
         memory[...] = jnp.where(kept, found, jnp.zeros_like(found))
 
-    def kept(self, s: Any, words: Sequence[Any]) -> Any:
-        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece of keys (`dense.pack`)."""
-        return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words)
+    def kept(self, s: Any, words: Sequence[Any], by_key: bool) -> Any:
+        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece of keys (`dense.pack`), by_key: the
+        same in all rows."""
+        return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words, by_key)
 
     def scores(self, q: Any, k: Any) -> Any:
         """q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32."""
@@ -138,8 +139,8 @@ class Wgmma:
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
         """(acc + p @ v, softmax(q @ k.T, *state)): both products issued at once, the second still running under the softmax.
 
-        softmax(s, m, l) -> (m, l, shrink, p), all float32; p comes back in the dtype of the last one. pin: shared memory (rows,)
-        float32 that holds the second product under all of the softmax; None leaves it to the compiler where to wait.
+        softmax(s, m, l) -> (m, l, shrink, p), all float32; p comes back in the dtype of the last one. pin: shared memory for l,
+        which holds the second product under all of the softmax; None leaves it to the compiler where to wait.
         """
         if self.interpret:
             s = self.scores(q, k)

@@ -260,12 +260,14 @@ class Rows:
     def first(self) -> tuple[Any, Any]:
         """(m, l) before the first key."""
         bq, sinks = self._tile[0], self.refs.sinks
+        apart = self.recipe.config.chains > 0
+        sums, layout, of = ((bq, online_softmax.EIGHT), TILE, online_softmax.EIGHT) if apart else ((bq,), ROW, 1)
         if sinks is None:
-            return filled((bq,), -jnp.inf, ROW), filled((bq,), 0.0, ROW)
+            return filled((bq,), -jnp.inf, ROW), filled(sums, 0.0, layout)
         sink = sinks[(*shared(sinks, self.b), self.h)]
         m = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30))
         m = m if self.recipe.huge else m * LOG2E
-        return filled((bq,), m, ROW), filled((bq,), jnp.where(sink == -jnp.inf, 0.0, 1.0), ROW)
+        return filled((bq,), m, ROW), filled(sums, jnp.where(sink == -jnp.inf, 0.0, 1.0 / of), layout)
 
     def keep_words(self, i: Any) -> list[Any]:
         """The packed dense mask of step i; to be loaded before the products, for the softmax."""
@@ -299,7 +301,7 @@ class Rows:
             (word,) = packed
             word = over_columns(word, s) if word.ndim else jnp.full(s.shape, word, jnp.int32)  # Mosaic takes no scalar condition
             return jnp.where(word != 0, s, -jnp.inf)
-        return self.recipe.products.kept(s, packed)
+        return self.recipe.products.kept(s, packed, by_key=self.recipe.keep_kind == "column")
 
     def _addend(self, t: Any, number: Any) -> Any:
         """The bias of key tile t, float32; the tile is the ring's of that number."""
@@ -358,7 +360,7 @@ class Rows:
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
             always = recipe.drops or recipe.config.masks_all  # beside the words of dropout a branch spills
             s = self._cut(s, i, t, packed, always=always)
-        m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, huge=recipe.huge)
+        m, l, shrink, p = online_softmax.update(s, recipe.factor, m, l, chains=recipe.config.chains, huge=recipe.huge)
         if recipe.drops:
             a, c = self.words
             kept = generator.keep_words(over_columns(a, p), over_columns(c, p), self.key_words(t), shape.dropout_p)

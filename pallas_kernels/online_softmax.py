@@ -12,6 +12,7 @@ A row without keys has m = -inf and l = 0; it is decided here and nowhere else t
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -48,10 +49,32 @@ def powers(s: Any, factor: float, m: Any, *, huge: bool = False, axis: int = 1) 
     return m_new, jnp.exp2(m - top), p
 
 
-def update(s: Any, factor: float, m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any, Any, Any]:
-    """(m, l, shrink, p) after a tile of scores (rows, keys): `powers`, and the sum l (rows,) of the exponentials."""
+EIGHT = 8
+"""Sums of a row, of every eighth key each: a thread's own two, of WGMMA's layout."""
+
+
+def update(s: Any, factor: float, m: Any, l: Any, *, chains: int = 0, huge: bool = False) -> tuple[Any, Any, Any, Any]:
+    """(m, l, shrink, p) after a tile of scores (rows, keys): `powers`, and the sum l (rows,) of the exponentials.
+
+    chains: l is (rows, EIGHT), sums that are yet to be added up: that takes exchanges between the four threads that have a row,
+    once a row and not once a tile (FlashAttention-2 and -3 do the same). A tile's exponentials come in so many chains: of how
+    many hangs when they are made, and with that who waits for whom (NOTES.md, "Two gaits").
+    """
     m, shrink, p = powers(s, factor, m, huge=huge)
-    return m, l * shrink + p.sum(axis=1), shrink, p
+    if not chains:
+        return m, l * shrink + p.sum(axis=1), shrink, p
+    return m, l * over_columns(shrink, l) + in_eights(p, chains), shrink, p
+
+
+def in_eights(p: Any, chains: int) -> Any:
+    """(rows, keys) -> (rows, EIGHT): every eighth key's sum, in `chains` sums that are added up in pairs."""
+    eights = [p[:, n : n + EIGHT] for n in range(0, p.shape[1], EIGHT)]
+    add = lambda a, b: a + b  # noqa: E731
+    sums = [functools.reduce(add, eights[n::chains]) for n in range(min(chains, len(eights)))]
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = list(map(add, sums[:half], sums[half:]))
+    return sums[0]
 
 
 def finish(m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any]:

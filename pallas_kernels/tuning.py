@@ -45,6 +45,9 @@ def forward_config(
     else:
         # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
         config = ForwardConfig(block_k=64, masks_all=dense)
+    if not config.alone:  # one tile: 213 TFLOP/s, with chains 183 (L 128, D64)
+        chains = _chains(wide, steps, group, masked, sloped, cut_once, dense, drops, bias_bytes > 0)
+        config = dataclasses.replace(config, chains=chains)
     config = spread_out(config, heads, query_len, seen / key_len if sloped else None, NARROW if wide <= 64 else WIDE)
     resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
     row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops))
@@ -206,6 +209,36 @@ def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool
         q_registers=once or not sloped, pinned=once, pinned_once=dense and not drops and bias_bytes == 0,
         spread=steps <= 3,
     )  # fmt: skip
+
+
+def _chains(
+    wide: int, steps: float, group: int, masked: bool, sloped: bool, cut_once: bool, dense: bool, drops: bool, biased: bool
+) -> int:  # fmt: skip
+    """In how many chains the exponentials of a tile are added up (`ForwardConfig.chains`).
+
+    What is saved is 10 instructions of 450, four of them exchanges; what decides is in which order of a loop warpgroups take
+    turns (NOTES.md, "Sums in chains"). H200, 2026-11-29, TFLOP/s, in 0 / 1 / 2 / 4 / 8. D128, L 16384 730 / 738 / 738 / 738 /
+    690, L 2048 686 / 694 / 691 / 700 / 658, L 512 576 / 566 / 583 / 549 / 566; causal 714 / 717 / 716 / 718 / 719, 590 / 594
+    / 594 / 600 / 577, 377 / 394 / 380 / 391 / 390, 28 heads on 4, L 4096, 641 / 641 / 616 / 610 / 609; key lengths 696 / 716
+    / 713 / 713 / 717, padding 696 / 706 / 703 / 698 / 702, segments 507 / 515 / 502 / 494 / 490, but a window 533 / 520 / 522
+    / 528 / 481; dropout 575 / 579 (4 bytes spilled) / 563 / 573 / 570. D64, L 2048 526 / 520 / 522 / 526 / 488, causal 441 /
+    447 / 445 / 446 / 456, L 16384 539 / 553 / 543 / 539 / 549; a random bool mask 457 / 461 / 467 / 466 / 443; key lengths
+    530 / 543 / 538 / 537 / 504. D192 726 / 740 / 731 / 735 / 734. D256 793 / 769 / 772 / 778 / 778; bias 628 / 642 / 644 /
+    642 / 642, dropout 654 / 686 / 693 / 681 / 680.
+    """
+    if wide <= 64:
+        if drops or biased or not masked:
+            return 0
+        return 8 if sloped else 2 if dense else 1
+    if wide > 128:
+        return 1 if wide <= 192 else 2 if biased or (drops and not sloped) else 0
+    if not (masked or drops or biased):
+        return 2 if steps <= 4 else 4 if group == 1 else 1
+    if not sloped:
+        return 0 if drops else 1
+    if not (cut_once or drops):
+        return 0
+    return 4 if group == 1 and steps > 3 and not (drops or biased) else 1
 
 
 def _most_row_tiles(

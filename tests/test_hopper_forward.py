@@ -208,6 +208,21 @@ CASES = {
     "causal, queries in registers, pinned": lambda: (
         make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0)), {"mask": causal(), "config": ForwardConfig(q_registers=True, pinned=True)}
     ),
+    "sums in one chain, sinks, one of -inf, empty rows": lambda: (
+        make(64, 264, B=2, Hq=2, E=64, sinks=sinks(1.0, -np.inf), keep=lengths(64, 264, [0, 130])),
+        {"mask": KeyLengths(jnp.array([0, 130])), "config": ForwardConfig(chains=1)},
+    ),
+    "sums in two chains, 192 keys a tile, a dense mask": lambda: (
+        masked_by(72, 392, keep := dense(1, 1, 72, 392), B=1), {"keep": keep, "config": ForwardConfig(chains=2, block_k=192)}
+    ),
+    "sums in four chains, several row tiles, causal, pinned": lambda: (
+        make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0)),
+        {"mask": causal(), "config": ForwardConfig(chains=4, row_tiles=3, queries=2, pinned=True)},
+    ),
+    "sums in eight chains, 64 keys a tile, dropout": lambda: (
+        make(64, 200, B=1, Hq=1, E=64, survivors=dropped(jax.random.key(1), 1, 1, 64, 200, 0.3)),
+        {"key": jax.random.key(1), "p": 0.3, "config": ForwardConfig(chains=8, block_k=64)},
+    ),
     "dropout, causal, three warpgroups": lambda: (
         make(264, 264, B=1, Hq=1, E=64, keep=band(264, 264, -1, 0), survivors=dropped(jax.random.key(1), 1, 1, 264, 264, 0.3)),
         {"mask": causal(), "key": jax.random.key(1), "p": 0.3, "config": THREE},
@@ -345,6 +360,7 @@ def test_the_kernel_lowers_for_cuda(name):
         ({"stages": 1}, "stages must be at least 2"),
         ({"stages": 0, "alone": True}, "stages must be at least 1"),
         ({"row_tiles": 2, "alone": True}, "has one row tile"),
+        ({"chains": 3}, "chains must be 0, 1, 2, 4 or 8"),
         ({"warpgroups": 4}, "warpgroups must be 1, 2 or 3"),
         ({"warpgroups": 3}, "registers must be at most 512"),
         ({"registers": (216, 80)}, "registers must be at most 504"),
