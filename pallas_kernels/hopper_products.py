@@ -88,7 +88,7 @@ class Wgmma:
         memory[...] = jnp.where(kept, found, jnp.zeros_like(found))
 
     def kept(self, s: Any, words: Sequence[Any], by_key: bool) -> Any:
-        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece of keys (`dense.pack`), by_key: the
+        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece (`dense.pack`), by_key: the
         same in all rows."""
         return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words, by_key)
 
