@@ -229,7 +229,7 @@ def _chains(
     if wide <= 64:
         if drops or biased or not masked:
             return 0
-        return 8 if sloped else 2 if dense else 1
+        return (8 if cut_once else 4) if sloped else 2 if dense else 1  # a window 364 / 368 / - / 372 / 355
     if wide > 128:
         return 1 if wide <= 192 else 2 if biased or (drops and not sloped) else 0
     if not (masked or drops or biased):
