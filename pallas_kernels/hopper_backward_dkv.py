@@ -147,7 +147,7 @@ def dkv(
             def rows_at(r: Any) -> GradientRows:
                 return item.rows_at(r, wg)
 
-            # What says the same of a key in every step is read once: fused, its place in memory is 7 registers too many.
+            # What says the same of a key in every step is read once: of its place in memory the fused kernel spills 28 bytes.
             once = recipe.keep_kind in ("row", "scalar") and (group == 1 or refs.keep.shape[1] == 1)
             own_words = rows_at(zero).keep_words(zero) if once else []
 
@@ -175,7 +175,7 @@ def dkv(
                     own_ds = ds_s.at[buffer, pl.ds(wg * bk, bk)]
                     if recipe.keep_kind is not None or (recipe.mask is not None and operands.static is None):
                         products.store(own_ds, ds)
-                    else:  # under a causal mask, or none, there are registers; so, ptxas serialises products (C7512)
+                    else:  # by `store` ptxas serialises products under a causal mask (C7512), and here it has the registers
                         own_ds[...] = ds
 
                 def tell() -> None:

@@ -75,7 +75,7 @@ class Wgmma:
         return hopper_ptx.widened(tile)
 
     def store(self, memory: Any, tile: Any) -> None:
-        """A tile (64, columns) of halves into shared memory."""
+        """A tile (64, columns) of halves into shared memory, columns a multiple of 64."""
         if not self.interpret:
             return hopper_ptx.store(memory, tile)
         memory[...] = tile
@@ -87,10 +87,10 @@ class Wgmma:
         kept, found = dense.bit(seen, lax.broadcasted_iota(jnp.int32, memory.shape, 0)), memory[...]
         memory[...] = jnp.where(kept, found, jnp.zeros_like(found))
 
-    def kept(self, s: Any, words: Sequence[Any], by_key: bool) -> Any:
-        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece (`dense.pack`), by_key: the
-        same in all rows."""
-        return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words, by_key)
+    def kept(self, s: Any, words: Sequence[Any], same_rows: bool) -> Any:
+        """The scores (rows, keys) that a dense mask keeps, the others -inf; words: of each piece (`dense.pack`), same_rows:
+        all rows have the same."""
+        return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words, same_rows)
 
     def scores(self, q: Any, k: Any) -> Any:
         """q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32."""

@@ -1,4 +1,4 @@
-"""What Pallas has no word for, in PTX or in MLIR, on the registers of a warpgroup."""
+"""What Pallas has no word for, in PTX or in MLIR, on the registers of a warpgroup and on tiles in shared memory."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def element(register: Any, k: int) -> Any:
     return op("vector.extract", ir.F32Type.get(), register, static_position=ir.DenseI64ArrayAttr.get([k]))
 
 
-def kept(s: Any, words: Sequence[Any], by_key: bool) -> Any:
+def kept(s: Any, words: Sequence[Any], same_rows: bool) -> Any:
     """The scores that a dense mask keeps, the others -inf: s (rows, keys) float32, words (rows, 4) of each piece (`dense.pack`).
 
-    by_key: the same words in all rows.
+    same_rows: all rows have the same words.
 
     A thread has the words of its own columns, so that each number is one bit at a place that is known. Six neighbours of a byte in
     a row become predicates by one instruction (R2P), if they are asked for one after another; the last two of each byte by one
@@ -82,9 +82,9 @@ def kept(s: Any, words: Sequence[Any], by_key: bool) -> Any:
         registers, pieces = np.empty(s.registers.shape, object), [_whole(word) for word in words]
         eights = s.registers.size // 2 // len(pieces)  # of a piece's columns, in each of which a row has a register
         moved = (
-            [[ptx("shr.u32 $0, $1, 6;", "=r,r", [i32()], [word])[0] for word in piece] for piece in pieces] if by_key else pieces
+            [[ptx("shr.u32 $0, $1, 6;", "=r,r", [i32()], [word])[0] for word in piece] for piece in pieces] if same_rows else pieces
         )
-        found, by = list(s.registers.flat), 6 if by_key else 0
+        found, by = list(s.registers.flat), 6 if same_rows else 0
         for n in sorted(range(len(found)), key=lambda n: (n // 8, n // 2 % 4 == 3, n % 2)):
             (piece, j), row, register = divmod(n // 2, eights), n % 2, found[n]
             word, at = (moved[piece][row], 2 * j - by) if j % 4 == 3 else (pieces[piece][row], 2 * j)
@@ -100,7 +100,7 @@ def kept(s: Any, words: Sequence[Any], by_key: bool) -> Any:
 
 
 def clear(memory: Any, seen: tuple[Any, Any]) -> None:
-    """Zeros for rows of a tile (64, dim) in shared memory, whose bit in two words is 0.
+    """Zeros for rows of a tile (64, dim) in shared memory, a bit for each in two words, whose bit is 0.
 
     TMA's swizzle moves 16 bytes about within a row of as many bytes as it is wide, so that many can be cleared without knowing of
     it, by threads that have 16 each. Through registers, as a tile, it takes 16 of a loader's 24 at a time, which then spill.
@@ -141,10 +141,11 @@ mad.lo.u32 at, more, {swizzle}, at;
 
 
 def store(memory: Any, tile: Any) -> None:
-    """A tile (64, columns) of halves in WGMMA's layout into shared memory, columns a multiple of 64.
+    """A tile (64, columns) of halves in WGMMA's layout into shared memory that begins at a multiple of 1024 bytes; columns a
+    multiple of 64, so that TMA's swizzle is of 128 bytes.
 
-    As `memory[...] = tile`, but a thread makes where its rows lie of one number: of Mosaic's two that no step changes one waits in
-    registers all through a loop that has none left.
+    As `memory[...] = tile`, but Mosaic makes two places a thread that no step changes, and both wait in registers all through a
+    loop that has none left.
     """
     _, columns = tile.shape
     pieces = columns // 64  # of 128 bytes a row, in each of which TMA's swizzle exchanges 16 bytes by the row's place among 8

@@ -301,7 +301,7 @@ class Rows:
             (word,) = packed
             word = over_columns(word, s) if word.ndim else jnp.full(s.shape, word, jnp.int32)  # Mosaic takes no scalar condition
             return jnp.where(word != 0, s, -jnp.inf)
-        return self.recipe.products.kept(s, packed, by_key=self.recipe.keep_kind == "column")
+        return self.recipe.products.kept(s, packed, same_rows=self.recipe.keep_kind == "column")
 
     def _addend(self, t: Any, number: Any) -> Any:
         """The bias of key tile t, float32; the tile is the ring's of that number."""

@@ -50,7 +50,7 @@ def powers(s: Any, factor: float, m: Any, *, huge: bool = False, axis: int = 1) 
 
 
 EIGHT = 8
-"""Sums of a row, of every eighth key each: a thread's own two, of WGMMA's layout."""
+"""How many sums of a row are kept apart, of every eighth key each: a thread has two of them, as in WGMMA's layout."""
 
 
 def update(s: Any, factor: float, m: Any, l: Any, *, chains: int = 0, huge: bool = False) -> tuple[Any, Any, Any, Any]:
@@ -58,7 +58,7 @@ def update(s: Any, factor: float, m: Any, l: Any, *, chains: int = 0, huge: bool
 
     chains: l is (rows, EIGHT), sums that are yet to be added up: that takes exchanges between the four threads that have a row,
     once a row and not once a tile (FlashAttention-2 and -3 do the same). A tile's exponentials come in so many chains: of how
-    many hangs when they are made, and with that who waits for whom (NOTES.md, "Two gaits").
+    many hangs when they are made, and with that who waits for whom (NOTES.md, "Sums in chains").
     """
     m, shrink, p = powers(s, factor, m, huge=huge)
     if not chains:

@@ -11,7 +11,9 @@ from pallas_kernels.visits import cdiv
 
 SMS = 132  # of an H100 SXM and an H200
 
-OF_TWO = (248, 56)  # registers, of a warpgroup that computes and one that loads: they may have 512 together
+OF_TWO = (248, 56)
+"""Registers of a warpgroup that computes and of one that loads: the most that ptxas gives one, and ample, since two may have
+512. B1 H8 L1024 D128, both passes, H200, 2026-11-29: 47.9 us with (240, 24), which spilled 4 bytes, 47.6 so."""
 
 THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 """D64: its accumulators leave room for a third warpgroup, which is more than what either overlap gives (558 to 436 TFLOP/s)."""
@@ -118,12 +120,13 @@ are faster than 64 keys with two (402 to 372 TFLOP/s)."""
 
 
 def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias_bytes: int) -> int:
-    """Of a program's queries, keys, values, results and bias tiles; head dims as the kernel pads them."""
+    """Of a program's queries, keys, values, results, bias tiles and pins; head dims as the kernel pads them."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
     queries = config.rows * E * config.queries
     results = config.rows * config.out_columns(E, Ev) if config.own_out(E, Ev) else 0
     keys = config.stages * config.block_k * (E + Ev)
-    return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes
+    pins = 4 * config.rows * (8 if config.chains else 1) if config.pinned or config.pinned_once else 0
+    return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes + pins
 
 
 def _short_rows(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, plain: bool) -> ForwardConfig | None:
@@ -221,10 +224,11 @@ def _chains(
     690, L 2048 686 / 694 / 691 / 700 / 658, L 512 576 / 566 / 583 / 549 / 566; causal 714 / 717 / 716 / 718 / 719, 590 / 594
     / 594 / 600 / 577, 377 / 394 / 380 / 391 / 390, 28 heads on 4, L 4096, 641 / 641 / 616 / 610 / 609; key lengths 696 / 716
     / 713 / 713 / 717, padding 696 / 706 / 703 / 698 / 702, segments 507 / 515 / 502 / 494 / 490, but a window 533 / 520 / 522
-    / 528 / 481; dropout 575 / 579 (4 bytes spilled) / 563 / 573 / 570. D64, L 2048 526 / 520 / 522 / 526 / 488, causal 441 /
-    447 / 445 / 446 / 456, L 16384 539 / 553 / 543 / 539 / 549; a random bool mask 457 / 461 / 467 / 466 / 443; key lengths
-    530 / 543 / 538 / 537 / 504. D192 726 / 740 / 731 / 735 / 734. D256 793 / 769 / 772 / 778 / 778; bias 628 / 642 / 644 /
-    642 / 642, dropout 654 / 686 / 693 / 681 / 680.
+    / 528 / 481; a bias 544 / 550 / 550 / 550 / 542, bool masks 642 / 640 / 638 / 639 / 635 and, of keys, 666 / 667 / 661 /
+    666 / 660; one warpgroup, B1 H8 L1024, 366 / 364 / 367 / 369 / 365; dropout 575 / 579 (4 bytes spilled) / 563 / 573 / 570.
+    D64, L 2048 526 / 520 / 522 / 526 / 488, causal 441 / 447 / 445 / 446 / 456, L 16384 539 / 553 / 543 / 539 / 549; a random
+    bool mask 457 / 461 / 467 / 466 / 443; key lengths 530 / 543 / 538 / 537 / 504. D192 726 / 740 / 731 / 735 / 734. D256 793
+    / 769 / 772 / 778 / 778; bias 628 / 642 / 644 / 642 / 642, dropout 654 / 686 / 693 / 681 / 680.
     """
     if wide <= 64:
         if drops or biased or not masked:

@@ -254,6 +254,24 @@ def test_hidden_keys_may_hold_anything():
     check(problem, got)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("told", [False, True], ids=["by numbers", "by ids"])
+@pytest.mark.parametrize("E", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256])
+def test_hidden_rows_may_hold_anything_at_every_head_dim(E, told):
+    """They are cleared in shared memory, whose rows are 32, 64 or 128 bytes wide."""
+    keep = lengths(200, 300, [170, 0])
+    problem = make(200, 300, Hq=4, Hk=2, keep=keep, E=E).rounded("bfloat16")
+    poisoned = {name: getattr(problem, name).copy() for name in ("query", "key", "value", "dout")}
+    for name, x in poisoned.items():
+        x[0, :, 170 if name in ("key", "value") else 300 :], x[1] = np.nan, np.inf
+    mask = KeyLengths(jnp.array([170, 0]))
+    if told:
+        ids = np.where(np.arange(300) < np.array([[170], [0]]), 0, -1)
+        mask = SegmentIds(jnp.zeros((2, 200), jnp.int32), jnp.asarray(ids))
+    got = on_jax(problem.but(**poisoned), FLASH, mask=mask)
+    check(problem, got)
+
+
 @needs_mosaic
 def test_what_a_mask_hides_may_hold_anything_and_empty_rows_too():
     """Keys that nobody sees, rows that see nothing: NaN and infinity there reach no gradient."""

@@ -339,14 +339,22 @@ def test_masked_keys_may_hold_nan_and_values_behind_the_end_do_not_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "lengths with starts, and traced offsets", "dropout, causal", "E 128, Ev 64, negative scale"]
+    "name",
+    [
+        "causal",
+        "lengths with starts, and traced offsets",
+        "dropout, causal",
+        "E 128, Ev 64, negative scale",
+        "sums in one chain, sinks, one of -inf, empty rows",
+        "sums in four chains, several row tiles, causal, pinned",
+    ],
 )
 def test_the_kernel_lowers_for_cuda(name):
     """Layouts, TMA's alignment and shared memory are checked by the lowering; no GPU is needed for it."""
     problem, options = CASES[name]()
     run, args = kernel(
-        problem, jnp.bfloat16, options.get("layout", "BHLE"), options.get("mask"), ForwardConfig(), options.get("key"),
-        options.get("p", 0.0), interpret=False,
+        problem, jnp.bfloat16, options.get("layout", "BHLE"), options.get("mask"), options.get("config", ForwardConfig()),
+        options.get("key"), options.get("p", 0.0), interpret=False,
     )  # fmt: skip
     text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
