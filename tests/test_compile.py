@@ -173,6 +173,7 @@ def test_no_serialised_products_backward_and_no_spills(E, kind, tmp_path):
 
 
 BOTH_PASSES = """
+sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parents[1]))  # benchmarks are not installed
 from benchmarks import gpu
 from benchmarks.cases import GPU_CASES
 
