@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import jax
 
+from pallas_kernels.online_softmax import EIGHT
+
 SCALES_OF_PAGE = 32
 """A decode reads the scales of a page of 8-bit keys where they lie if it has so many: TMA wants 128 bytes of shared memory each."""
 
@@ -142,6 +144,11 @@ class ForwardConfig:
             raise ValueError(
                 f"registers must be at most {most} over all warpgroups, what a program of so many gets; {wanted} are more."
             )
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """What a row's sum of exponentials has for a shape: none, or those that are kept apart."""
+        return (EIGHT,) if self.chains else ()
 
     @property
     def rows(self) -> int:

@@ -58,14 +58,20 @@ def cut_once(mask: Any, L: int, S: int) -> bool:
     return mask.is_prefix or visits.cut_once(mask, config.rows, config.block_q, L, S, config.block_k, leads=False)
 
 
+def facts_of(mask: Any, keep: Any) -> dict[str, bool]:
+    """What tuning asks of a structured mask and a dense one."""
+    return {
+        "masked": mask is not None or keep is not None, "dense": keep is not None,
+        "tiled": keep is not None and dense.kind(keep) == "tile",
+    }  # fmt: skip
+
+
 def chosen(*, query_len: int, key_len: int, mask: Any, keep: Any, **facts: Any) -> ForwardConfig:
     """`tuning`'s configuration of a call with these masks; facts: the others of `tuning.forward_config`."""
     sloped, seen = slope(mask, query_len, key_len)
     return tuning.forward_config(
-        query_len=query_len, key_len=key_len, masked=mask is not None or keep is not None, sloped=sloped, seen=seen,
-        dense=keep is not None, tiled=keep is not None and dense.kind(keep) == "tile",
-        cut_once=keep is None and cut_once(mask, query_len, key_len),
-        **facts,
+        query_len=query_len, key_len=key_len, sloped=sloped, seen=seen,
+        cut_once=keep is None and cut_once(mask, query_len, key_len), **facts_of(mask, keep), **facts,
     )  # fmt: skip
 
 

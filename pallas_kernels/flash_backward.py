@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import backward_tuning, dense
 from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig, has_ids
-from pallas_kernels.flash_attention import cut_once, hidden_by, longer, slope, up
+from pallas_kernels.flash_attention import cut_once, facts_of, hidden_by, longer, slope, up
 
 WANTS = ("query", "key", "value")
 
@@ -139,15 +139,10 @@ def chosen(
     """
     sloped, seen = slope(mask, query_len, key_len)
     deterministic = deterministic or bias is not None or has_ids(mask)
-    once = (
-        not (keep is not None or jax.tree.leaves(mask))
-        and bias is None
-        and query_len % 64 == 0
-        and cut_once(mask, query_len, key_len)
-    )
+    bare = keep is None and bias is None and not jax.tree.leaves(mask)
+    once = bare and query_len % 64 == 0 and cut_once(mask, query_len, key_len)
     return backward_tuning.backward_config(
-        query_len=query_len, key_len=key_len, masked=mask is not None or keep is not None, dense=keep is not None,
-        tiled=keep is not None and dense.kind(keep) == "tile", sloped=sloped, cut_once=once, seen=seen,
+        query_len=query_len, key_len=key_len, sloped=sloped, cut_once=once, seen=seen, **facts_of(mask, keep),
         biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic, **facts,
     )  # fmt: skip
 

@@ -230,7 +230,6 @@ def forward(
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     q_slots = config.queries * n_wg
-    sums = [online_softmax.EIGHT] if config.chains else []
     bias_transforms = transforms(math.gcd(bk, bias.shape[3]), bias.dtype) if bias is not None and bias_kind == "tile" else ()
     call = launch(
         kernel,
@@ -242,7 +241,7 @@ def forward(
             **Ring.tiles(shape, config),
             **({"out_s": tile((n_wg, bq), width, dtype)} if own_out else {}),
             "lse_s": smem((n_wg, bq), jnp.float32),
-            **({"pin_s": smem((n_wg, bq, *sums), jnp.float32)} if config.pinned or config.pinned_once else {}),
+            **({"pin_s": smem((n_wg, bq, *config.sums), jnp.float32)} if config.pinned or config.pinned_once else {}),
             "q_ready": barrier(num_barriers=q_slots),
             **Ring.barriers(config, hides=hides or told),
             **({

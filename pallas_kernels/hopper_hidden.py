@@ -63,7 +63,7 @@ class Part:
 
     products: Wgmma
     cut: Any
-    seen: Callable[[int], tuple[Any, Any]]
+    seen: Callable[[int], tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Span:
         return ()
 
     def part(self, start: Any, rows: int, asked: tuple[Any, ...] | None = None) -> Part:
-        def seen(first: int) -> tuple[Any, Any]:
+        def seen(first: int) -> tuple[Any, ...]:
             word = lambda at: _below(self.hi - at) & ~_below(self.lo - at)  # noqa: E731
             return word(start + first), word(start + first + dense.WORD)
 
@@ -88,8 +88,8 @@ class Span:
 
 def _below(n: Any) -> Any:
     """A word whose bits below bit n are 1."""
-    least = jnp.maximum(n, 0)
-    return jnp.where(least < dense.WORD, lax.shift_left(1 + 0 * least, least) - 1, -1)
+    bits = visits.greatest(n, 0)
+    return jnp.where(bits < dense.WORD, lax.shift_left(np.int32(1), bits) - 1, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +106,8 @@ class Bits:
         return tuple(self.ref[(*self.at, word + n)] for n in range(rows // dense.WORD))
 
     def part(self, start: Any, rows: int, asked: tuple[Any, ...] | None = None) -> Part:
-        def seen(first: int) -> tuple[Any, Any]:
-            low, high = self.asked(start + first, ROWS)  # again: registers are few where it is asked
-            return low, high
+        def seen(first: int) -> tuple[Any, ...]:
+            return self.asked(start + first, ROWS)  # again: registers are few where it is asked
 
         words = self.asked(start, rows) if asked is None else asked
         return Part(self.products, functools.reduce(lambda a, b: a & b, words) != np.int32(-1), seen)

@@ -132,4 +132,4 @@ class Ring:
         plgpu.barrier_wait(self.v_ready.at[end])
         acc = products.add(acc, p, self.v_s.at[end])
         plgpu.barrier_arrive(self.v_free.at[end])
-        return acc, m, l.sum(axis=1) if config.chains else l
+        return acc, m, l.sum(axis=1) if config.sums else l

@@ -80,7 +80,7 @@ class Wgmma:
             return hopper_ptx.store(memory, tile)
         memory[...] = tile
 
-    def clear(self, memory: Any, seen: tuple[Any, Any]) -> None:
+    def clear(self, memory: Any, seen: tuple[Any, ...]) -> None:
         """Zeros for rows of a tile (64, dim) in shared memory, whose bit in two words is 0; `commit_smem` is left to do."""
         if not self.interpret:
             return hopper_ptx.clear(memory, seen)

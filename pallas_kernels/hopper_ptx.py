@@ -99,7 +99,7 @@ def kept(s: Any, words: Sequence[Any], same_rows: bool) -> Any:
     return run(s, *words)
 
 
-def clear(memory: Any, seen: tuple[Any, Any]) -> None:
+def clear(memory: Any, seen: tuple[Any, ...]) -> None:
     """Zeros for rows of a tile (64, dim) in shared memory, a bit for each in two words, whose bit is 0.
 
     TMA's swizzle moves 16 bytes about within a row of as many bytes as it is wide, so that many can be cleared without knowing of

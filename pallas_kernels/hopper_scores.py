@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Self
 
 import jax
@@ -260,14 +261,14 @@ class Rows:
     def first(self) -> tuple[Any, Any]:
         """(m, l) before the first key."""
         bq, sinks = self._tile[0], self.refs.sinks
-        apart = self.recipe.config.chains > 0
-        sums, layout, of = ((bq, online_softmax.EIGHT), TILE, online_softmax.EIGHT) if apart else ((bq,), ROW, 1)
+        sums = self.recipe.config.sums
+        shape, layout, of = (bq, *sums), TILE if sums else ROW, math.prod(sums)
         if sinks is None:
-            return filled((bq,), -jnp.inf, ROW), filled(sums, 0.0, layout)
+            return filled((bq,), -jnp.inf, ROW), filled(shape, 0.0, layout)
         sink = sinks[(*shared(sinks, self.b), self.h)]
         m = jnp.where(sink == -jnp.inf, sink, jnp.clip(sink, -1e30, 1e30))
         m = m if self.recipe.huge else m * LOG2E
-        return filled((bq,), m, ROW), filled(sums, jnp.where(sink == -jnp.inf, 0.0, 1.0 / of), layout)
+        return filled((bq,), m, ROW), filled(shape, jnp.where(sink == -jnp.inf, 0.0, 1.0 / of), layout)
 
     def keep_words(self, i: Any) -> list[Any]:
         """The packed dense mask of step i; to be loaded before the products, for the softmax."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     queries = config.rows * E * config.queries
     results = config.rows * config.out_columns(E, Ev) if config.own_out(E, Ev) else 0
     keys = config.stages * config.block_k * (E + Ev)
-    pins = 4 * config.rows * (8 if config.chains else 1) if config.pinned or config.pinned_once else 0
+    pins = 4 * config.rows * math.prod(config.sums) if config.pinned or config.pinned_once else 0
     return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes + pins
 
 
