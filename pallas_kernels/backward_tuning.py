@@ -7,10 +7,12 @@ D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 / 167; causal L2048
 200, causal L2048 493 / 449.
 
 The fused kernel adds to dq in any order, so it is chosen only where it is about 10 % faster than the pair, or more, or where the
-pair is behind cuDNN (28 heads on 4, L32768); beside a softcap, whose slopes wait in registers too, it has not been timed. Pair /
+pair is behind cuDNN (28 heads on 4, L32768). Pair /
 fused, TFLOP/s of the backward alone on an H200, 2026-11-27: D128 L16384 568 / 658, causal 582 / 623; 32 heads on 8, causal, L8192
 535 / 602; L4096 550 / 634, causal 553 / 550; L2048 543 / 578, causal 493 / 466; 28 heads on 4, causal, L32768 511 / 567, L4096 490
-/ 514. D64 L16384 409 / 525, causal 407 / 535; L2048 366 / 464, causal 366 / 397.
+/ 514. D64 L16384 409 / 525, causal 407 / 535; L2048 366 / 464, causal 366 / 397. Beside a softcap, both passes, us, 2026-11-30:
+D128 L4096 4965 / 3963, causal 2560 / 2115; L2048 2591 / 2119, causal 1376 / 1217; L512 740 / 714, causal 492 / 554; a window of
+1000 1534 / 1329; D64 L4096 7770 / 6600, causal 4585 / 3422, L2048 causal 2419 / 1903, L512 1127 / 1062.
 """
 
 from __future__ import annotations
@@ -40,16 +42,18 @@ def backward_config(
     """
     wide = max(head_dim, value_head_dim)
     seen = key_len if seen is None else seen
-    may_fuse = not (deterministic or capped)
+    may_fuse = not deterministic
     if wide <= 64:
         many = heads // group * cdiv(key_len, 128) > tuning.SMS // 2  # B1 H8 L1024 35.8 us, fused 38.7; B1 H16 52.8, 45.8
         fuses = may_fuse and head_dim > 48 and min(query_len, seen) >= 1024 and many
-        own = _narrow(fuses, seen, masked, cut_once, drops, bias_bytes > 0)
+        own = _narrow(fuses, seen, masked, cut_once, drops, bias_bytes > 0, capped)
     elif wide <= 128:
-        # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553
-        fuses = may_fuse and not drops and head_dim > 112 and min(query_len, seen) >= (3584 if sloped else 2048)
+        # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553; capped:
+        # from causal L 2048 on
+        least = 1024 if capped else 3584 if sloped else 2048
+        fuses = may_fuse and not drops and head_dim > 112 and min(query_len, seen) >= least
         split = _shared_out(WalkConfig(), heads // group, key_len, group).split
-        own = _middle(fuses, seen, split, group, masked, dense, tiled, sloped, cut_once)
+        own = _middle(fuses, seen, split, group, masked, dense, tiled, sloped, cut_once, drops, capped)
     else:
         own = _wide(wide)
     own = {name: one if name == "dq" else one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()}
@@ -83,13 +87,16 @@ Kernels = dict[str, WalkConfig | None]
 """'dq', 'dkv', 'dk', 'dv' and 'fused': `BackwardConfig`'s fields."""
 
 
-def _narrow(fuses: bool, seen: float, masked: bool, cut_once: bool, drops: bool, tiled_bias: bool) -> Kernels:
+def _narrow(
+    fuses: bool, seen: float, masked: bool, cut_once: bool, drops: bool, tiled_bias: bool, capped: bool
+) -> Kernels:  # fmt: skip
     """D64. Beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)."""
     dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
     # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347
     dq = dataclasses.replace(dv, early=not drops and (not masked or (cut_once and seen > 512)))
-    # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148
-    dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not drops else WalkConfig()
+    # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148. Beside a softcap 128 spill:
+    # both passes, causal, L 4096, 4297 and 4585 us, but fused 3422; a window of 1000 at L 2048 2659 and 2478
+    dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not (drops or capped) else WalkConfig()
     if tiled_bias:
         dkv = dataclasses.replace(dkv, registers=ROOM)
     # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
@@ -97,7 +104,8 @@ def _narrow(fuses: bool, seen: float, masked: bool, cut_once: bool, drops: bool,
 
 
 def _middle(
-    fuses: bool, seen: float, split: int, group: int, masked: bool, dense: bool, tiled: bool, sloped: bool, cut_once: bool
+    fuses: bool, seen: float, split: int, group: int, masked: bool, dense: bool, tiled: bool, sloped: bool, cut_once: bool,
+    drops: bool, capped: bool,
 ) -> Kernels:  # fmt: skip
     """D128. split: of how many programs each makes the gradients of a share of a group's heads.
 
@@ -110,9 +118,13 @@ def _middle(
     """
     dq = WalkConfig(stages=3, registers=ROOM)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
     often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < split < group
-    half = often or (not masked and seen <= 512)
+    half = (often and not capped) or (not masked and seen <= 512)
     # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
-    dkv = WalkConfig(half=half, masks_all=sloped and split < group and not half)
+    dkv = WalkConfig(half=half, masks_all=sloped and not half and (split < group or (capped and not cut_once)))
+    # dropout beside a mask spills 4 to 152 bytes else. Both passes, us, before / so: lengths 4092 / 4146, a window of 1000 1435 /
+    # 1428; causal, several items a program, L 2048 1241 / 1203, L 512 470 / 474; but one item, L 4096, has none: 2110 / 2141
+    if drops and masked and not (cut_once and seen > SHORT // 2):
+        dkv = dataclasses.replace(dkv, plain=True, brief=1 if cut_once else None)
     # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596. Where a branch decides on a mask as
     # large as the scores 4 bytes are spilled: 3481 us of both passes, so 3434; but a causal array, of full tiles, 1882 and 1914
     fused = WalkConfig(**FUSED, masks_all=tiled) if fuses else None

@@ -80,7 +80,10 @@ def dkv(
     staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
-    recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
+    turned = dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len)
+    recipe = operands.recipe(turned, config, products)
+    if fused or E > 64 or recipe.mask is not None:  # else there are registers: D64 L4096, both passes, 7770 us, late 8231
+        recipe = recipe.slope_wanted_late()
     # a bias's ring of tiles would have to be passed by as well
     passable = not (fused or recipe.listed or recipe.ragged) and operands.bias is None
     if operands.static is not None and passable and split == group:
@@ -139,7 +142,8 @@ def dkv(
             """Item n_item, `done` steps into the rings."""
             item = item_at(n_item)
             b, head, key_tile, steps = item.b, item.head, item.key_tile, item.steps
-            base = key_tile * config.rows + wg * bk
+            # as `moves`: where a warpgroup's keys begin in a tile is known before all items, and 4 bytes spill for it
+            base = key_tile * config.rows + (wg + lax.optimization_barrier(zero) if several and config.brief == 1 else wg) * bk
             walk, advanced, end = item.walk, item.advanced, done + steps
             own_seen = own_seen_by_any(recipe, refs, b)
             own = None if own_seen is None else own_seen.part(base, bk)
@@ -186,7 +190,8 @@ def dkv(
 
             def gradient(rows: Any, now: Any, state: Any, dp: Any, *sums: Any) -> tuple[Any, ...]:
                 ds = rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA]))
-                return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
+                ds = rows.before_softcap(state, ds, lambda: column(numbers_s.at[now, LSE]))
+                return ds, *(total + ds.sum(axis=1) for total in sums)
 
             def store_sums(r: Any, i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 """The sums, stored and begun anew where a head's last step is done."""

@@ -62,6 +62,8 @@ def dq(
     early = config.early and not stores
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
+    if E > 128 or (bk > 64 and recipe.mask is not None):  # else there are registers: D64 L4096, both passes, 8231 us, late 8845
+        recipe = recipe.slope_wanted_late()
     if operands.static is not None and operands.bias is None and not recipe.listed:
         once = visits.cut_once(operands.static, config.rows, bq, shape.query_len, shape.key_len, bk, recipe.leads)
         recipe = dataclasses.replace(recipe, cut_once=once)
@@ -120,7 +122,7 @@ def dq(
                 ds = rows.scores_gradient(state, dp, delta)
                 if stores and not is_operand:
                     store(ds * survivors, i)
-                return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
+                return rows.before_softcap(state, ds, lambda: lse), *(total + ds.sum(axis=1) for total in sums)
 
             lead = rows.lead + zero if recipe.cut_once else zero
             packed, (now, v_now) = rows.keep_words(0), (slot(done + lead, of) for of in (stages, v_stages))

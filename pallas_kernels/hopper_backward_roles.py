@@ -62,9 +62,10 @@ def dkv_in_roles(
     drops, several = shape.dropout_p > 0, config.row_tiles > 1
     items = visits.Items(B, H * split, cdiv(shape.key_len, bk), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
-    recipe = operands.recipe(dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len), config, products)
+    turned = dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len)
+    recipe = operands.recipe(turned, config, products).slope_wanted_late()
     at = functools.partial(rows_of, shape.layout)
-    handed = 1 if shape.softcap is None else 2  # p, and softcap's slope
+    handed = 2 if recipe.holds_slope else 1  # p, and softcap's slope
     buffers = 2 // handed
 
     def kernel(*given: Any, own_s: Any, tiles_s: Any, numbers_s: Any, p_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any,
@@ -164,7 +165,8 @@ def dkv_in_roles(
                 plgpu.barrier_arrive(p_free.at[buffer])
                 plgpu.barrier_wait(q_ready.at[now])  # its numbers
                 ds = rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA]))
-                return rows.before_softcap(state, ds), *(total + ds.sum(axis=1) for total in sums)
+                ds = rows.before_softcap(state, ds, lambda: column(numbers_s.at[now, LSE]))
+                return ds, *(total + ds.sum(axis=1) for total in sums)
 
             def store_sums(r: Any, i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 """The sums, stored and begun anew where a head's last step is done."""

@@ -23,8 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import visits
 from pallas_kernels.hopper_hidden import Part, seen_by_any
 from pallas_kernels.hopper_memory import TILE
-from pallas_kernels.hopper_scores import Recipe, Refs, Rows, scale_at, walk_of
-from pallas_kernels.online_softmax import LOG2E
+from pallas_kernels.hopper_scores import Recipe, Refs, Rows, below_cap, capped, scale_at, walk_of
+from pallas_kernels.online_softmax import LN2, LOG2E
+
+SMALLEST = 1.1754943508222875e-38  # of float32's normal numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class GradientRows(Rows):
         existing: int | None = None,
         is_first: bool = False,
     ) -> tuple[Any, ...]:
-        """(p, and softcap's slope if there is one) of the products s = q @ k.T of step i.
+        """(p, and softcap's slope if there is one that is held) of the products s = q @ k.T of step i.
 
         number: of the step in the ring of bias tiles. top, query_words: make the tiles of what `row_numbers` has of lse, and of
         dropout's words, only where they are wanted: registers are short.
@@ -69,16 +71,17 @@ class GradientRows(Rows):
         """
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, slope = recipe.shape, None
-        if not recipe.waits:
-            s = s * scale_at(shape, refs, self.b)
         if shape.softcap is not None:
-            y = 2 / (1 + jnp.exp2(s * (2 * LOG2E / shape.softcap)))  # tanh = 1 - y
-            s, slope = shape.softcap - shape.softcap * y, y * (2 - y)
+            r = below_cap(recipe, refs, self.b, s)
+            s, slope = capped(shape.softcap, r), r * (4 - 4 * r) if recipe.holds_slope else None
+        elif not recipe.waits:
+            s = s * scale_at(shape, refs, self.b)
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cut_once):
-            # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md)
-            s = self._cut(s, i, t, packed, always=recipe.drops or recipe.config.masks_all)
+            # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md); not for lengths, of which it
+            # spares nearly all tiles the mask
+            s = self._cut(s, i, t, packed, always=not recipe.cuts_few and (recipe.drops or recipe.config.masks_all))
         if existing is not None:
             row = self._index(0)
             s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)
@@ -99,9 +102,18 @@ class GradientRows(Rows):
             dp, p = jnp.where(p > 0, dp, 0.0), jnp.abs(p)
         return p * (dp - delta)
 
-    def before_softcap(self, state: tuple[Any, ...], ds: Any) -> Any:
-        """The gradient of the scores before softcap from that of the scores."""
-        return ds if len(state) == 1 else ds * state[1]
+    def before_softcap(self, state: tuple[Any, ...], ds: Any, top: Callable[[], Any] = lambda: None) -> Any:
+        """The gradient of the scores before softcap from that of the scores. top: makes the tile of lse, for a slope from p.
+
+        p = 2**(s - lse) of the capped score s, so s / softcap, which is tanh, is known again: slope = 1 - tanh**2. Where p has
+        become 0 the slope does not matter, but it must be a number.
+        """
+        softcap = self.recipe.shape.softcap
+        if softcap is None or not self.recipe.slope_from_p:
+            return ds * state[1] if self.recipe.holds_slope else ds
+        p = jnp.maximum(jnp.abs(state[0]) if self.recipe.drops else state[0], SMALLEST)
+        tanh = (jnp.log2(p) + top()) * (LN2 / softcap)
+        return ds * jnp.maximum(1 - tanh * tanh, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Operands:
     hides: bool = False
     own_hides: bool = False
     static: Any = None  # the mask, where it has no arrays
+    cuts_few: bool = False
 
     @classmethod
     def of(
@@ -107,6 +108,7 @@ class Operands:
         """
         rows, columns = shape.query_len, shape.key_len
         by_numbers = seen_keys is None and hidden_by_numbers(mask, rows, columns)
+        cuts_few = keep is None and bool(getattr(mask, "is_prefix", False))
         own_seen, seen = (seen_keys, seen_queries) if transposed else (seen_queries, seen_keys)
         crossed = transposed and dense.tile_bytes(bias) > 0  # a copy would be as large as the scores
         if transposed:
@@ -144,7 +146,7 @@ class Operands:
         return cls(
             None if mask is None else structure, by_ids, keep_kind, kind, generator, names,
             (*arrays, *given.values()), hides=by_numbers and not transposed, own_hides=by_numbers and transposed,
-            static=None if arrays else mask,
+            static=None if arrays else mask, cuts_few=cuts_few,
         )  # fmt: skip
 
     @property
@@ -157,7 +159,7 @@ class Operands:
         return Recipe(
             shape, config, self.mask, self.has_ids, is_prefix=False, hides=self.hides, bias_kind=kind,
             keep_kind=self.keep_kind, generator=self.generator, products=products, own_hides=self.own_hides,
-            bias_crossed=self.bias is not None and self.bias.crossed,
+            bias_crossed=self.bias is not None and self.bias.crossed, cuts_few=self.cuts_few,
         )  # fmt: skip
 
     @property

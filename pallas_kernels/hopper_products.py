@@ -68,6 +68,10 @@ class Wgmma:
         """Those bits of 0 to length - 1, along a tile's columns, int32."""
         return jnp.arange(length, dtype=jnp.int32) & bits if self.interpret else hopper_ptx.columns(length, bits)
 
+    def reciprocal(self, x: Any) -> Any:
+        """1 / x of a tile (64, columns) float32."""
+        return 1 / x if self.interpret else hopper_ptx.reciprocal(x)
+
     def widened(self, tile: Any) -> Any:
         """A tile (rows, columns) as float32."""
         if self.interpret or tile.dtype != jnp.bfloat16:

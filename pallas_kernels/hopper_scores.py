@@ -42,7 +42,8 @@ class Recipe:
     hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
     one tile. cut_once: no tile but the first of a walk is cut: `visits.cut_once`, or the list says so (`visits.ListWalk.cut_once`).
     bias_crossed: tiles of a bias lie transposed in shared memory.
-    upward: walks begin with the first tile that a slope cuts, not with the last one.
+    upward: walks begin with the first tile that a slope cuts, not with the last one. slope_from_p: softcap's slope is made of p
+    when it is wanted, and not held beside it (`hopper_gradients`). cuts_few: key lengths alone, in either orientation.
     """
 
     shape: ForwardShape
@@ -60,6 +61,18 @@ class Recipe:
     cut_once: bool = False
     bias_crossed: bool = False
     upward: bool = False
+    slope_from_p: bool = False
+    cuts_few: bool = False
+
+    def slope_wanted_late(self) -> Recipe:
+        """With softcap's slope made of p, where that says enough: not in half precision, nor beside a bias, which would be wanted
+        again. Where p waits from step to step, a slope beside it spills (D128 168 bytes, causal 120; D64 dq, a window, 264)."""
+        enough = self.bias_kind is None and not getattr(self.config, "half", False)
+        return dataclasses.replace(self, slope_from_p=self.shape.softcap is not None and enough)
+
+    @property
+    def holds_slope(self) -> bool:
+        return self.shape.softcap is not None and not self.slope_from_p
 
     @property
     def drops(self) -> bool:
@@ -133,13 +146,20 @@ def scale_at(shape: ForwardShape, refs: Refs, b: Any) -> Any:
 
 def adjusted(recipe: Recipe, refs: Refs, b: Any, s: Any) -> Any:
     """A tile of scores of batch entry b after scale, where it cannot wait for the exponent, and softcap."""
-    softcap = recipe.shape.softcap
-    if not recipe.waits:
-        s = s * scale_at(recipe.shape, refs, b)
-    if softcap is not None:
-        # tanh(x) = 1 - 2 / (1 + e**2x): the hardware's tanh has 11 bits
-        s = softcap - (2 * softcap) / (1 + jnp.exp2(s * (2 * LOG2E / softcap)))
-    return s
+    if recipe.shape.softcap is not None:
+        return capped(recipe.shape.softcap, below_cap(recipe, refs, b, s))
+    return s if recipe.waits else s * scale_at(recipe.shape, refs, b)
+
+
+def below_cap(recipe: Recipe, refs: Refs, b: Any, s: Any) -> Any:
+    """r = 1 / (1 + e**2x) with x = scale * s / softcap, of which tanh(x) = 1 - 2r is made: the hardware's tanh has 11 bits."""
+    twice = scale_at(recipe.shape, refs, b) * (2 * LOG2E / recipe.shape.softcap)  # type: ignore[operator]
+    return recipe.products.reciprocal(1 + jnp.exp2(s * twice))
+
+
+def capped(softcap: float, r: Any) -> Any:
+    """softcap * tanh(x), of `below_cap`."""
+    return softcap - (2 * softcap) * r
 
 
 def survivor_scale(shape: ForwardShape, generator: Any) -> float:
@@ -256,6 +276,10 @@ class Rows:
 
     def _from(self, here: Any, t: Any) -> Any:
         """Which query each row is, counted from `here` of key tile t."""
+        shape = self.recipe.shape
+        if self.recipe.drops and not self.recipe.folded and max(shape.head_dim, shape.value_head_dim) > 64:
+            # registers are short beside dropout: a window of 1000, D256 283 to 265 us, D128 343 to 332; causal D64 772 to 813
+            return self.recipe.products.apart(self._tile, self.base - t * self._tile[1])
         return self._positions() - here
 
     def first(self) -> tuple[Any, Any]:

@@ -124,7 +124,8 @@ def array(*shape, dtype=jnp.bfloat16):
 
 x, row = array(B, H, L, E), array(B, H, L, dtype=jnp.float32)
 key = array(B, H // 4 if "shares" in kind else H, L, E)
-mask = causal() if "causal" in kind else sliding_window(1000, 0) if kind == "window" else None
+mask = causal() if "causal" in kind else sliding_window(1000, 0) if "window" in kind else None
+mask = KeyLengths(jnp.full((B,), 15000, jnp.int32)) if "lengths" in kind else mask
 drop = dict(seeds=dropout.seeds(jax.random.key(0), B, H), dropout_p=0.1, generator=dropout) if "dropout" in kind else {}
 drop |= dict(deterministic="fused" not in kind)
 
@@ -133,6 +134,7 @@ def call(q, k, v, dout, lse, delta, bias):
     if "roles" in kind:
         dq = WalkConfig(masks_all=True, brief=1, early=True, half=True)
         more = dict(drop, config=BackwardConfig(dq, WalkConfig(roles=True, plain=True, half=True), dq, dq))
+    more |= dict(softcap=50.0) if "softcap" in kind else {}
     more |= dict(keep=bias) if kind == "bool" else {}
     return flash_backward.backward(q, k, v, dout, lse, delta, layout="BHLE", scale=E**-0.5, mask=mask, **more)
 
@@ -154,6 +156,11 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
         *((64, kind) for kind in ("fused", "fused, causal", "fused, dropout", "fused, causal dropout")),
         *((128, kind) for kind in ("fused", "fused, causal")),
         *((E, kind) for E in (64, 128, 256) for kind in ("short", "short, causal")),
+        *((E, kind) for E in (128, 256) for kind in ("softcap", "softcap, causal")),
+        *((E, "softcap, window") for E in (64, 128)),
+        *((E, kind) for E in (64, 128) for kind in ("fused, softcap", "fused, softcap, causal")),
+        *((128, kind) for kind in ("short, causal dropout", "window, dropout", "lengths, dropout")),
+        (256, "lengths, dropout"),
     ],
 )  # fmt: skip
 def test_no_serialised_products_backward_and_no_spills(E, kind, tmp_path):

@@ -182,6 +182,20 @@ OWN = {
         make(136, 136, B=1, Hq=2, Hk=1, E=128, keep=(keep := rng.random((1, 2, 136, 136)) < 0.4), softcap=2.0),
         {"keep": keep, "config": FUSED},
     ),
+    "fused, softcap and dropout, causal, hardly any slope": lambda: (
+        make(
+            136, 200, B=1, Hq=2, E=64, softcap=0.4, scale=2.0, keep=band(136, 200, -1, 0, -20),
+            survivors=dropped(jax.random.key(1), 1, 2, 136, 200, 0.3), dlse=True,
+        ),
+        {"mask": causal(-20), "key": jax.random.key(1), "p": 0.3, "config": FUSED},
+    ),
+    "softcap, a window, empty rows, E 128": lambda: (
+        make(136, 200, B=1, Hq=2, Hk=1, E=128, softcap=3.0, scale=0.9, keep=band(136, 200, 70, 3, -20)),
+        {"mask": sliding_window(70, 3, -20)},
+    ),
+    "softcap, a window, E 192": lambda: (
+        make(136, 200, B=1, Hq=1, E=192, softcap=3.0, scale=0.9, keep=band(136, 200, 70, 3, 40)), {"mask": sliding_window(70, 3, 40)}
+    ),
     "a group of three divided between two programs": lambda: (
         make(136, 200, B=1, Hq=6, Hk=2, E=64, keep=band(136, 200, -1, 0, 64)), {"mask": causal(64), "config": DIVIDED, "layout": "BLHE"}
     ),
