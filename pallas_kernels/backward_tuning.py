@@ -1,4 +1,4 @@
-"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 to 29 (NOTES.md, "Hopper backward").
+"""Which configuration a backward call gets. Measured on an H200 and an H100, 2026-11-25 to 30 (NOTES.md, "Hopper backward").
 
 Programs take all the row tiles that one SM gets, one after another, where what lies between two of them is long beside them,
 and rows differ or are short; else one, heads side by side (`tuning.side_by_side`). One / all of them, microseconds on an H100:
@@ -6,13 +6,13 @@ D128 L512 dq 202 / 184, dkv 257 / 247; causal 154 / 135, 192 / 167; causal L2048
 4) 303 / 285, 497 / 422; causal L16384 2236 / 2196, 3085 / 3233; L2048 547 / 593, 774 / 844. D64 causal L512 229 / 168, 261 /
 200, causal L2048 493 / 449.
 
-The fused kernel adds to dq in any order, so it is chosen only where it is about 10 % faster than the pair, or more, or where the
-pair is behind cuDNN (28 heads on 4, L32768). Pair /
-fused, TFLOP/s of the backward alone on an H200, 2026-11-27: D128 L16384 568 / 658, causal 582 / 623; 32 heads on 8, causal, L8192
-535 / 602; L4096 550 / 634, causal 553 / 550; L2048 543 / 578, causal 493 / 466; 28 heads on 4, causal, L32768 511 / 567, L4096 490
-/ 514. D64 L16384 409 / 525, causal 407 / 535; L2048 366 / 464, causal 366 / 397. Beside a softcap, both passes, us, 2026-11-30:
-D128 L4096 4965 / 3963, causal 2560 / 2115; L2048 2591 / 2119, causal 1376 / 1217; L512 740 / 714, causal 492 / 554; a window of
-1000 1534 / 1329; D64 L4096 7770 / 6600, causal 4585 / 3422, L2048 causal 2419 / 1903, L512 1127 / 1062.
+The fused kernel adds to dq in any order, so it is chosen only where it is about 10 % faster than the pair, or more, or where
+the pair is behind cuDNN (28 heads on 4, L32768). Pair / fused, TFLOP/s of the backward alone on an H200, 2026-11-27: D128
+L16384 568 / 658, causal 582 / 623; 32 heads on 8, causal, L8192 535 / 602; L4096 550 / 634, causal 553 / 550; L2048 543 / 578,
+causal 493 / 466; 28 heads on 4, causal, L32768 511 / 567, L4096 490 / 514. D64 L16384 409 / 525, causal 407 / 535; L2048 366 /
+464, causal 366 / 397. Beside a softcap, both passes, us, 2026-11-30: D128 L4096 4965 / 3963, causal 2560 / 2115; L2048 2591 /
+2119, causal 1376 / 1217; L512 740 / 714, causal 492 / 554; a window of 1000 1534 / 1329; D64 L4096 7770 / 6600, causal 4585 /
+3422, L2048 causal 2419 / 1903, L512 1127 / 1062.
 """
 
 from __future__ import annotations
@@ -118,12 +118,13 @@ def _middle(
     """
     dq = WalkConfig(stages=3, registers=ROOM)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
     often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < split < group
+    # beside a softcap p in float32, of which the slope is made
     half = (often and not capped) or (not masked and seen <= 512)
     # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
     dkv = WalkConfig(half=half, masks_all=sloped and not half and (split < group or (capped and not cut_once)))
     # dropout beside a mask spills 4 to 152 bytes else. Both passes, us, before / so: lengths 4092 / 4146, a window of 1000 1435 /
     # 1428; causal, several items a program, L 2048 1241 / 1203, L 512 470 / 474; but one item, L 4096, has none: 2110 / 2141
-    if drops and masked and not (cut_once and seen > SHORT // 2):
+    if drops and masked and not (sloped and cut_once and seen > SHORT // 2):
         dkv = dataclasses.replace(dkv, plain=True, brief=1 if cut_once else None)
     # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596. Where a branch decides on a mask as
     # large as the scores 4 bytes are spilled: 3481 us of both passes, so 3434; but a causal array, of full tiles, 1882 and 1914

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper_products import Wgmma
 
-State = tuple[Any, ...]  # p, and softcap's slope if there is one: tiles, float32 or, from step to step, halves
+State = tuple[Any, ...]  # p, and softcap's slope if it is held: tiles, float32 or, from step to step, halves
 
 Gradient = Callable[..., tuple[Any, ...]]
 """(state, dp, *sums) -> (ds, *sums): float32; sums are what else adds up over the steps, ds by row for a bias."""

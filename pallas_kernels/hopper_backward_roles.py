@@ -6,7 +6,7 @@ The sums of dk and dv of 64 keys, 256 wide, are half of an SM's registers: no wa
     gradient     dp = v @ dout.T   ds = p * (dp - delta)    dk += ds @ q
 
 p goes from the first to the second through shared memory: 4 products, where dk and dv one after the other make 5, and one read of
-all operands for two. What masks, bias, softcap and dropout do to p, and softcap's slope, the first one does for both. Because the
+all operands for two. What masks, bias, softcap and dropout do to p the first one does for both. Because the
 second waits for p its elementwise work comes under the products of the first, and the other way round.
 
 Grid, items and walks are those of `hopper_backward_dkv`, with 64 keys an item. Who waits for what:
@@ -15,7 +15,7 @@ Grid, items and walks are those of `hopper_backward_dkv`, with 64 keys an item. 
     q_ready, do_ready     loader -> computers, per stage: the tile has arrived (Q's with its rows' numbers)
     do_free               computers -> loader, per stage: both have read the tile of dO
     q_free                gradient -> loader, per stage: it has read the tile of Q
-    p_ready, p_free       weights -> gradient: p lies in its buffer, one of two (softcap's slope takes the other); and back
+    p_ready, p_free       weights -> gradient: p lies in its buffer, one of two (the other may hold softcap's slope); and back
 
 Tiles of Q and dO exchange their memory from one turn of the ring to the next: dO is read to its end earlier, and the next Q is what
 is wanted first. Only `gradient` says that Q is free: `weights` has read it long before it gives dO back, and is ahead; it could
@@ -65,7 +65,7 @@ def dkv_in_roles(
     turned = dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len)
     recipe = operands.recipe(turned, config, products).slope_wanted_late()
     at = functools.partial(rows_of, shape.layout)
-    handed = 2 if recipe.holds_slope else 1  # p, and softcap's slope
+    handed = 2 if recipe.holds_slope else 1  # p, and softcap's slope where p does not say enough
     buffers = 2 // handed
 
     def kernel(*given: Any, own_s: Any, tiles_s: Any, numbers_s: Any, p_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any,

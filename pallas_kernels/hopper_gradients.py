@@ -79,9 +79,9 @@ class GradientRows(Rows):
         if recipe.bias_kind is not None:
             s = s + self._addend(t, number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cut_once):
-            # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md); not for lengths, of which it
-            # spares nearly all tiles the mask
-            s = self._cut(s, i, t, packed, always=not recipe.cuts_few and (recipe.drops or recipe.config.masks_all))
+            # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md); but not under lengths
+            always = not recipe.cuts_few if recipe.drops else recipe.config.masks_all
+            s = self._cut(s, i, t, packed, always=always)
         if existing is not None:
             row = self._index(0)
             s = jnp.where(plgpu.layout_cast(row < existing - self.base, TILE), s, -jnp.inf)

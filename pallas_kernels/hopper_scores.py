@@ -24,6 +24,8 @@ from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, WORDS
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.online_softmax import LOG2E, over_columns
 
+MOST = 3e38  # nearly the largest float32
+
 
 def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Any:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -43,7 +45,7 @@ class Recipe:
     one tile. cut_once: no tile but the first of a walk is cut: `visits.cut_once`, or the list says so (`visits.ListWalk.cut_once`).
     bias_crossed: tiles of a bias lie transposed in shared memory.
     upward: walks begin with the first tile that a slope cuts, not with the last one. slope_from_p: softcap's slope is made of p
-    when it is wanted, and not held beside it (`hopper_gradients`). cuts_few: key lengths alone, in either orientation.
+    when it is wanted, and not held beside it (`hopper_gradients`). cuts_few: the mask is `is_prefix`, or that transposed.
     """
 
     shape: ForwardShape
@@ -66,9 +68,12 @@ class Recipe:
 
     def slope_wanted_late(self) -> Recipe:
         """With softcap's slope made of p, where that says enough: not in half precision, nor beside a bias, which would be wanted
-        again. Where p waits from step to step, a slope beside it spills (D128 168 bytes, causal 120; D64 dq, a window, 264)."""
+        again, nor of a small cap: lse + ln p is off by 1e-6, however small the scores.
+
+        Where p waits from step to step, a slope beside it spills (D128 168 bytes, causal 120; D64 dq, a window, 264).
+        """
         enough = self.bias_kind is None and not getattr(self.config, "half", False)
-        return dataclasses.replace(self, slope_from_p=self.shape.softcap is not None and enough)
+        return dataclasses.replace(self, slope_from_p=enough and self.shape.softcap is not None and self.shape.softcap >= 0.1)
 
     @property
     def holds_slope(self) -> bool:
@@ -154,6 +159,8 @@ def adjusted(recipe: Recipe, refs: Refs, b: Any, s: Any) -> Any:
 def below_cap(recipe: Recipe, refs: Refs, b: Any, s: Any) -> Any:
     """r = 1 / (1 + e**2x) with x = scale * s / softcap, of which tanh(x) = 1 - 2r is made: the hardware's tanh has 11 bits."""
     twice = scale_at(recipe.shape, refs, b) * (2 * LOG2E / recipe.shape.softcap)  # type: ignore[operator]
+    # infinite it would make NaN of the zeros of a row that does not exist; so large, every other score is at the cap anyway
+    twice = min(max(twice, -MOST), MOST) if isinstance(twice, float) else jnp.clip(twice, -MOST, MOST)
     return recipe.products.reciprocal(1 + jnp.exp2(s * twice))
 
 

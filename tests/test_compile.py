@@ -160,7 +160,8 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
         *((E, "softcap, window") for E in (64, 128)),
         *((E, kind) for E in (64, 128) for kind in ("fused, softcap", "fused, softcap, causal")),
         *((128, kind) for kind in ("short, causal dropout", "window, dropout", "lengths, dropout")),
-        (256, "lengths, dropout"),
+        *((E, "lengths, dropout") for E in (64, 256)),
+        *((64, kind) for kind in ("fused, lengths", "fused, lengths, dropout")),
     ],
 )  # fmt: skip
 def test_no_serialised_products_backward_and_no_spills(E, kind, tmp_path):

@@ -35,6 +35,7 @@ FUSED_THREE = dataclasses.replace(WIDER, fused=dataclasses.replace(FUSE, stages=
 
 THREE_TILES = dataclasses.replace(WalkConfig(), row_tiles=3)
 SEVERAL = BackwardConfig(dq=THREE_TILES, dkv=THREE_TILES, dk=THREE_TILES, dv=THREE_TILES)
+BRIEF = dataclasses.replace(SEVERAL, dkv=dataclasses.replace(THREE_TILES, plain=True, brief=1))
 TWO = dataclasses.replace(WIDE, split=2)
 DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
 IN_ROLES = WalkConfig(roles=True, plain=True, half=True)
@@ -229,6 +230,19 @@ OWN = {
         {"mask": sliding_window(70, 3, 40), "config": dataclasses.replace(ROLES, dq=WalkConfig(early=True, masks_all=True))},
     ),
     "roles, one tile, E 256": lambda: (make(8, 16, B=1, Hq=1, E=256), {"config": ROLES}),
+    "softcap, a traced negative scale": lambda: (
+        make(72, 136, B=2, Hq=1, E=64, softcap=1.5, scale=-0.3), {"traced_scale": True}
+    ),
+    "fused, softcap, a traced negative scale": lambda: (
+        make(72, 136, B=2, Hq=1, E=64, softcap=1.5, scale=-0.3), {"traced_scale": True, "config": FUSED}
+    ),
+    "a tiny softcap, E 128": lambda: (make(72, 136, B=1, Hq=1, E=128, softcap=1e-3, scale=1e-3), {}),
+    "several key tiles a program, one of dO, causal, dropout": lambda: (
+        make(
+            264, 264, B=1, Hq=2, E=128, keep=band(264, 264, -1, 0), survivors=dropped(jax.random.key(1), 1, 2, 264, 264, 0.3)
+        ),
+        {"mask": causal(), "key": jax.random.key(1), "p": 0.3, "config": BRIEF},
+    ),
     "a traced negative scale": lambda: (make(72, 136, B=2, Hq=1, E=64, scale=-0.3), {"traced_scale": True}),
     "softcap and dropout": lambda: (
         make(72, 136, B=1, Hq=1, E=64, softcap=1.5, survivors=dropped(jax.random.key(1), 1, 1, 72, 136, 0.3)),
