@@ -28,14 +28,14 @@ from pallas_kernels.visits import cdiv
 def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
     dense: bool = False, tiled: bool = False, sloped: bool = False, cut_once: bool = False, seen: float | None = None,
-    drops: bool = False, biased: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False), capped: bool = False,
-    deterministic: bool = True,
+    prefix: bool = False, drops: bool = False, biased: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False),
+    capped: bool = False, deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
     masked, dense, tiled, sloped, cut_once, seen, drops, bias_bytes, readers: as `tuning.forward_config`'s, cut_once of walks of
-    queries too; biased: there is a bias of any size. capped: there is a softcap. deterministic: the same bits each time, so not the
-    fused kernel.
+    queries too; prefix: every query keeps the same first keys; biased: there is a bias of any size. capped: there is a softcap.
+    deterministic: the same bits each time, so not the fused kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
     True
@@ -46,7 +46,7 @@ def backward_config(
     if wide <= 64:
         many = heads // group * cdiv(key_len, 128) > tuning.SMS // 2  # B1 H8 L1024 35.8 us, fused 38.7; B1 H16 52.8, 45.8
         fuses = may_fuse and head_dim > 48 and min(query_len, seen) >= 1024 and many
-        own = _narrow(fuses, seen, masked, cut_once, drops, bias_bytes > 0, capped)
+        own = _narrow(fuses, seen, masked, cut_once, prefix, drops, bias_bytes > 0, capped)
     elif wide <= 128:
         # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553; capped:
         # from causal L 2048 on
@@ -88,12 +88,13 @@ Kernels = dict[str, WalkConfig | None]
 
 
 def _narrow(
-    fuses: bool, seen: float, masked: bool, cut_once: bool, drops: bool, tiled_bias: bool, capped: bool
+    fuses: bool, seen: float, masked: bool, cut_once: bool, prefix: bool, drops: bool, tiled_bias: bool, capped: bool
 ) -> Kernels:  # fmt: skip
     """D64. Beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)."""
     dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
-    # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347
-    dq = dataclasses.replace(dv, early=not drops and (not masked or (cut_once and seen > 512)))
+    # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347; both passes, lengths,
+    # L 4096 4042, 4151, L 512 738, 753, and 24 bytes spilled
+    dq = dataclasses.replace(dv, early=not drops and (not masked or prefix or (cut_once and seen > 512)))
     # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148. Beside a softcap 128 spill:
     # both passes, causal, L 4096, 4297 and 4585 us, but fused 3422; a window of 1000 at L 2048 2659 and 2478
     dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not (drops or capped) else WalkConfig()
@@ -119,13 +120,14 @@ def _middle(
     dq = WalkConfig(stages=3, registers=ROOM)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
     often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < split < group
     # beside a softcap p in float32, of which the slope is made
-    half = (often and not capped) or (not masked and seen <= 512)
+    half = (often and not capped) or (not masked and not drops and seen <= 512)
     # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
     dkv = WalkConfig(half=half, masks_all=sloped and not half and (split < group or (capped and not cut_once)))
     # dropout beside a mask spills 4 to 152 bytes else. Both passes, us, before / so: lengths 4092 / 4146, a window of 1000 1435 /
-    # 1428; causal, several items a program, L 2048 1241 / 1203, L 512 470 / 474; but one item, L 4096, has none: 2110 / 2141
-    if drops and masked and not (sloped and cut_once and seen > SHORT // 2):
-        dkv = dataclasses.replace(dkv, plain=True, brief=1 if cut_once else None)
+    # 1428; causal, several items a program, L 2048 1241 / 1203, L 512 470 / 474; but one item, L 4096, has none: 2110 / 2141. No
+    # mask, L 512: 20 bytes and p in half precision 682, so 657
+    if drops and (seen <= 512 or (masked and not (sloped and cut_once and seen > SHORT // 2))):
+        dkv = dataclasses.replace(dkv, plain=True, brief=1 if sloped and cut_once else None)
     # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596. Where a branch decides on a mask as
     # large as the scores 4 bytes are spilled: 3481 us of both passes, so 3434; but a causal array, of full tiles, 1882 and 1914
     fused = WalkConfig(**FUSED, masks_all=tiled) if fuses else None

@@ -143,6 +143,7 @@ def chosen(
     once = bare and query_len % 64 == 0 and cut_once(mask, query_len, key_len)
     return backward_tuning.backward_config(
         query_len=query_len, key_len=key_len, sloped=sloped, cut_once=once, seen=seen, **facts_of(mask, keep),
+        prefix=keep is None and mask is not None and mask.is_prefix,
         biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic, **facts,
     )  # fmt: skip
 

@@ -128,10 +128,11 @@ def dkv(
         def load_own(n: Any) -> None:
             """Ask for this warpgroup's keys and values of item n."""
             item = item_at(n)
-            base = item.key_tile * config.rows + wg * bk
-            plgpu.copy_gmem_to_smem(at(k_ref, item.b, base, bk, item.kv_head), k_own, kv_ready.at[wg])
+            here = wg + lax.optimization_barrier(zero) if several else wg
+            base = item.key_tile * config.rows + here * bk
+            plgpu.copy_gmem_to_smem(at(k_ref, item.b, base, bk, item.kv_head), k_own, kv_ready.at[here])
             if needs_v:
-                plgpu.copy_gmem_to_smem(at(v_ref, item.b, base, bk, item.kv_head), v_own, kv_ready.at[wg])
+                plgpu.copy_gmem_to_smem(at(v_ref, item.b, base, bk, item.kv_head), v_own, kv_ready.at[here])
 
         def load_next(n: Any) -> None:
             if several:
@@ -142,14 +143,15 @@ def dkv(
             """Item n_item, `done` steps into the rings."""
             item = item_at(n_item)
             b, head, key_tile, steps = item.b, item.head, item.key_tile, item.steps
-            # as `moves`: where a warpgroup's keys begin in a tile is known before all items, and 4 bytes spill for it
-            base = key_tile * config.rows + (wg + lax.optimization_barrier(zero) if several and config.brief == 1 else wg) * bk
+            # as `moves`: where a warpgroup's keys begin, and its barrier, would be known before all items, and 4 to 8 bytes spill
+            here = wg + lax.optimization_barrier(zero) if several else wg
+            base = key_tile * config.rows + here * bk
             walk, advanced, end = item.walk, item.advanced, done + steps
             own_seen = own_seen_by_any(recipe, refs, b)
             own = None if own_seen is None else own_seen.part(base, bk)
 
             def rows_at(r: Any) -> GradientRows:
-                return item.rows_at(r, wg)
+                return item.rows_at(r, here)
 
             # What says the same of a key in every step is read once: of its place in memory the fused kernel spills 28 bytes.
             once = recipe.keep_kind in ("row", "scalar") and (group == 1 or refs.keep.shape[1] == 1)
@@ -183,7 +185,9 @@ def dkv(
                         own_ds[...] = ds
 
                 def tell() -> None:
-                    plgpu.commit_smem()
+                    # each thread for what it has stored: the warpgroup's barrier (`commit_smem`) takes 1 to 4 % of both passes, and
+                    # registers of which 8 bytes spill under a mask of keys
+                    products.loaded()
                     plgpu.barrier_arrive(ds_ready.at[buffer])
 
                 return Spread(store, tell)
@@ -237,7 +241,7 @@ def dkv(
             lead = rows_at(zero).lead + zero if recipe.cut_once else zero
 
             packed = keep_words(zero, zero)
-            plgpu.barrier_wait(kv_ready.at[wg])
+            plgpu.barrier_wait(kv_ready.at[here])
             clear_own(own, k_own, *([v_own] if needs_v else []))  # fused: ds_ready tells the others
             if recipe.cut_once:
                 pass_by([(q_ready, q_free, q_stages), (do_ready, do_free, do_stages)], done, done + lead)

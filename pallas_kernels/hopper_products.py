@@ -41,7 +41,8 @@ class Wgmma:
             plgpu.commit_smem()
 
     def loaded(self) -> None:
-        """Between a plain load of what TMA will write again and the arrival that gives it back.
+        """Between a plain load of what TMA will write again and the arrival that gives it back; or between a plain store of what
+        another warpgroup's products will read and the arrival that says so.
 
         Each thread fences for itself, since each of the 128 arrives (Mosaic's `barrier_arrive`); for one that arrives for all, they
         would have to meet first.
