@@ -68,6 +68,11 @@ def has_ids(mask: Any) -> bool:
     return any(len(array.shape) == 2 for array in jax.tree.leaves(mask))
 
 
+def cuts_few(mask: Any, keep: Any) -> bool:
+    """Whether a mask and a dense one, each perhaps None, are key lengths alone, which cut one tile of a row's keys at most."""
+    return keep is None and mask is not None and mask.is_prefix
+
+
 @dataclasses.dataclass(frozen=True)
 class Ids:
     """A tile's ids, (rows, columns), where a mask indexes an array of ids by position: that was done when they were loaded."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backward_tuning, dense
-from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig, has_ids
+from pallas_kernels.contracts import BackwardConfig, ForwardShape, WalkConfig, cuts_few, has_ids
 from pallas_kernels.flash_attention import cut_once, facts_of, hidden_by, longer, slope, up
 
 WANTS = ("query", "key", "value")
@@ -143,7 +143,7 @@ def chosen(
     once = bare and query_len % 64 == 0 and cut_once(mask, query_len, key_len)
     return backward_tuning.backward_config(
         query_len=query_len, key_len=key_len, sloped=sloped, cut_once=once, seen=seen, **facts_of(mask, keep),
-        prefix=keep is None and mask is not None and mask.is_prefix,
+        prefix=cuts_few(mask, keep),
         biased=bias is not None, bias_bytes=dense.tile_bytes(bias), deterministic=deterministic, **facts,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dense, hopper_packing, visits
-from pallas_kernels.contracts import ForwardShape, WalkConfig, has_ids
+from pallas_kernels.contracts import ForwardShape, WalkConfig, cuts_few, has_ids
 from pallas_kernels.hopper_hidden import hidden_by_numbers, words
 from pallas_kernels.hopper_memory import transforms
 from pallas_kernels.hopper_products import Wgmma
@@ -108,7 +108,7 @@ class Operands:
         """
         rows, columns = shape.query_len, shape.key_len
         by_numbers = seen_keys is None and hidden_by_numbers(mask, rows, columns)
-        cuts_few = keep is None and bool(getattr(mask, "is_prefix", False))
+        few = cuts_few(mask, keep)
         own_seen, seen = (seen_keys, seen_queries) if transposed else (seen_queries, seen_keys)
         crossed = transposed and dense.tile_bytes(bias) > 0  # a copy would be as large as the scores
         if transposed:
@@ -146,7 +146,7 @@ class Operands:
         return cls(
             None if mask is None else structure, by_ids, keep_kind, kind, generator, names,
             (*arrays, *given.values()), hides=by_numbers and not transposed, own_hides=by_numbers and transposed,
-            static=None if arrays else mask, cuts_few=cuts_few,
+            static=None if arrays else mask, cuts_few=few,
         )  # fmt: skip
 
     @property

@@ -142,11 +142,11 @@ def solve(problem: Problem, dtype: Any = EXACT, rounded_to: Any = None) -> dict[
     dV = np.swapaxes(weights, -1, -2) @ dout
     answer["key"] = _sum_to(dK if Hk == 1 else _ungroup(dK, Hk), k.shape)
     answer["value"] = _sum_to(dV if Hv == 1 else _ungroup(dV, Hv), v.shape)
-    squares = np.swapaxes(weights**2, -1, -2) @ dout**2  # one key, 19 queries, a sum of 0.2: rounded as its terms of 1 are
     ds_squares = (scale * ds_size * slope) ** 2  # one key: dp - row is 0, but for the rounding of both
     answer["size of query"] = np.sqrt(np.max(_sum_to(ds_squares @ K**2, q.shape), initial=0))
     squares_k = np.swapaxes(ds_squares, -1, -2) @ q**2
     answer["size of key"] = np.sqrt(np.max(_sum_to(squares_k if Hk == 1 else _ungroup(squares_k, Hk), k.shape), initial=0))
+    squares = np.swapaxes(weights**2, -1, -2) @ dout**2  # one key, 19 queries, a sum of 0.2: rounded as its terms of 1 are
     answer["size of value"] = np.sqrt(np.max(_sum_to(squares if Hv == 1 else _ungroup(squares, Hv), v.shape), initial=0))
     return answer
 
