@@ -15,6 +15,7 @@ A mask is packed as the threads of a Hopper warpgroup want it. Of a row of an ac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,17 @@ def kind(array: Any, *, transposed: bool = False) -> str:
 def tile_bytes(bias: Any) -> int:
     """Of an element of a bias as large as the scores; 0 of any other, and without one."""
     return bias.dtype.itemsize if bias is not None and kind(bias) == "tile" else 0
+
+
+def comes_first(bias: Any, scale: Any, softcap: float | None, dtype: Any) -> bool:
+    """Whether the forward's accumulators start with a bias as large as the scores, and the products of queries and keys are added
+    to it: where that is exact. The queries take the scale, which is a power of 2, and float16 would lose bits of small ones.
+
+    H200, 2026-11-30, B4 L4096, TFLOP/s, added afterwards / so: float32 D64 348 / 367, D256 585 / 625; bfloat16 D64 399 / 412, D256
+    645 / 650.
+    """
+    of_two = isinstance(scale, float) and 2**-20 < scale <= 1 and math.frexp(scale)[0] == 0.5
+    return of_two and tile_bytes(bias) > 0 and softcap is None and (scale == 1 or dtype == jnp.bfloat16)
 
 
 def readers(bias: Any, batch: int, heads: int) -> tuple[int, bool]:

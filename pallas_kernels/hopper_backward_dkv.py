@@ -45,7 +45,7 @@ from pallas_kernels.hopper_hidden import bring, clear_own, own_seen_by_any
 from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, rows_of, tile
 from pallas_kernels.hopper_operands import DELTA, LSE, SUM, Operands, bring_numbers, key_gradients
 from pallas_kernels.hopper_program import check_room, drain, in_roles, launch, pass_by, slot
-from pallas_kernels.hopper_scores import filled, survivor_scale
+from pallas_kernels.hopper_recipe import filled, survivor_scale
 from pallas_kernels.visits import cdiv
 
 

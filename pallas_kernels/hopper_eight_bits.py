@@ -36,7 +36,7 @@ from pallas_kernels.hopper_memory import COLUMN, ROW, TILE, swizzle_of, tile
 from pallas_kernels.hopper_merge import WIDTH
 from pallas_kernels.hopper_pieces import Paging, Pieces, operands_of, pieces_of, recipe_of
 from pallas_kernels.hopper_program import drain, launch, slot
-from pallas_kernels.hopper_scores import adjusted, filled, mask_of
+from pallas_kernels.hopper_recipe import adjusted, filled, mask_of
 from pallas_kernels.hopper_widening import widened
 from pallas_kernels.online_softmax import over_columns, over_rows
 from pallas_kernels.shares import Shares

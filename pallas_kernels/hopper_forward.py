@@ -39,7 +39,8 @@ from pallas_kernels.hopper_keys import Ring
 from pallas_kernels.hopper_memory import rows_of, tile, transforms
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_program import check_room, drain, in_roles, launch, slot
-from pallas_kernels.hopper_scores import Recipe, Refs, Rows, shared, survivor_scale, walk_of
+from pallas_kernels.hopper_recipe import Recipe, Refs, shared, survivor_scale, walk_of
+from pallas_kernels.hopper_scores import Rows
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
 
@@ -76,6 +77,7 @@ def forward(
         hides=hides,
         bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
         generator=generator, products=Wgmma(interpret is not None),
+        bias_first=dense.comes_first(bias, shape.scale, shape.softcap, dtype),
     )  # fmt: skip
     if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))

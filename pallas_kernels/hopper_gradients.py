@@ -23,7 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import visits
 from pallas_kernels.hopper_hidden import Part, seen_by_any
 from pallas_kernels.hopper_memory import TILE
-from pallas_kernels.hopper_scores import Recipe, Refs, Rows, below_cap, capped, scale_at, walk_of
+from pallas_kernels.hopper_recipe import Recipe, Refs, below_cap, capped, scale_at, walk_of
+from pallas_kernels.hopper_scores import Rows
 from pallas_kernels.online_softmax import LN2, LOG2E
 
 SMALLEST = 1.1754943508222875e-38  # of float32's normal numbers

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dense, visits
 from pallas_kernels.contracts import has_ids
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_scores import Recipe, Refs, mask_of, shared
+from pallas_kernels.hopper_recipe import Recipe, Refs, mask_of, shared
 
 ROWS = 2 * dense.WORD  # that are cleared at a time
 

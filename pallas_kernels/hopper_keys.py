@@ -22,7 +22,8 @@ from pallas_kernels.contracts import ForwardConfig, ForwardShape
 from pallas_kernels.hopper_hidden import Bits, Span, bring
 from pallas_kernels.hopper_memory import TILE, tile
 from pallas_kernels.hopper_program import pass_by, slot
-from pallas_kernels.hopper_scores import Recipe, Rows, filled
+from pallas_kernels.hopper_recipe import Recipe, filled
+from pallas_kernels.hopper_scores import Rows
 from pallas_kernels.online_softmax import over_columns
 
 Copy = Callable[[Any, Any], None]  # (a tile in shared memory, the barrier that hears of its bytes)
@@ -100,11 +101,12 @@ class Ring:
             acc, m, l, p = state
             now, before = slot(done + i, stages), slot(done + i - 1, stages)
             packed = [] if recipe.cuts_first_only else rows.keep_words(i)
+            start = rows.start(i, done + i)
             plgpu.barrier_wait(self.k_ready.at[now])
             acc, (m, l, shrink, p) = products.step(
                 q, self.k_s.at[now], acc, p, self.v_s.at[before],
                 lambda: plgpu.barrier_wait(self.v_ready.at[before]), lambda: plgpu.barrier_arrive(self.k_free.at[now]),
-                functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l), pin,
+                functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l), pin, start,
             )  # fmt: skip
             plgpu.barrier_arrive(self.v_free.at[before])
             return acc * over_columns(shrink, acc), m, l, p
@@ -113,12 +115,12 @@ class Ring:
         if not isinstance(first, int):
             pass_by((*self.rings, *others), done, done + first)
         packed, now = rows.keep_words(first), slot(done + first, stages)
-        q = query()
+        q, start = rows.scaled(query()), rows.start(first, done + first)
         plgpu.barrier_wait(self.k_ready.at[now])
         if config.q_registers:
             q = plgpu.load(q, layout=TILE)  # pyright: ignore[reportCallIssue]
             products.read()
-        s = products.scores(q, self.k_s.at[now])
+        s = products.scores(q, self.k_s.at[now], start)
         plgpu.barrier_arrive(self.k_free.at[now])
         m, l, _, p = rows.softmax(s, *rows.first(), i=first, packed=packed, number=done + first, is_first=True)
         state = filled(tile_of_rows, 0.0, TILE), m, l, p.astype(recipe.shape.dtype)

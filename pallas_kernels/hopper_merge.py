@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contracts import ForwardShape
-from pallas_kernels.hopper_scores import shared
+from pallas_kernels.hopper_recipe import shared
 from pallas_kernels.shares import Shares
 from pallas_kernels.visits import cdiv
 

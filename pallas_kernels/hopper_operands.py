@@ -22,7 +22,7 @@ from pallas_kernels.hopper_hidden import hidden_by_numbers, words
 from pallas_kernels.hopper_memory import transforms
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_program import slot
-from pallas_kernels.hopper_scores import Recipe, Refs, scale_at, shared, survivor_scale
+from pallas_kernels.hopper_recipe import Recipe, Refs, scale_at, shared, survivor_scale
 from pallas_kernels.online_softmax import LOG2E
 from pallas_kernels.visits import cdiv
 

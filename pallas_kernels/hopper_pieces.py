@@ -23,7 +23,7 @@ from pallas_kernels.hopper_hidden import hidden_by_numbers
 from pallas_kernels.hopper_keys import Copy
 from pallas_kernels.hopper_memory import rows_of
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_scores import Recipe, Refs, mask_of, shared
+from pallas_kernels.hopper_recipe import Recipe, Refs, mask_of, shared
 from pallas_kernels.shares import Shares
 
 

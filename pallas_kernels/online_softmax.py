@@ -5,8 +5,8 @@ row's m = f * max s. That is one fused multiply-add an element; m is rounded, an
 that it cancels, as long as everything is counted from the very same m: what came before counts 2**(m_before - m) times, natural lse
 = m * ln 2 + ln l. (From f * max s, fused, it would count by the rounding too much at each tile anew: 3 % from the first to the last
 of 16384 keys, for scores of 8000.)
-Beyond |m| = 2**26 the rounding is a factor of 2**4 and more, which half precision p cannot hold any longer: scores that may be so
-large (a bias of -1e9, of finfo.min) are `huge`: m = max s, p = 2**(f * (s - m)), one operation more.
+Beyond |m| = 2**28 the rounding is a factor of 2**16 and more, which half precision p cannot hold any longer. Scores that may be so
+large (a bias of -1e9, of finfo.min) are `huge`: m = max s, and it is each row's `reference` that says how its p are counted.
 A row without keys has m = -inf and l = 0; it is decided here and nowhere else that such a row gives 0 and lse -inf.
 """
 
@@ -34,6 +34,22 @@ def over_rows(column: Any, tile: Any) -> Any:
     return lax.broadcast_in_dim(column, tile.shape, [1])
 
 
+FAR = 2.0**27
+"""Beyond it float32 numbers are at least 16 apart."""
+
+
+def reference(m: Any, factor: float) -> tuple[Any, Any]:
+    """(a, r), per row: of huge scores whose largest is m, finite, p = 2**(a * s - r), one fused multiply-add.
+
+    a = factor and r = a * m, rounded, up to |m| = FAR. Beyond, a = 2 and r = 2 * m, which is exact: what is not the largest is at
+    least 16 less, and e**-16 or 2**-32 of it is nothing beside the 8 by which such scores are off. finfo.min would not survive
+    being doubled: beyond 2**126, a = 1.
+    """
+    size = jnp.abs(m)
+    a = jnp.where(size > FAR, jnp.where(size > 2.0**126, 1.0, 2.0), factor)
+    return a, lax.optimization_barrier(a * m)  # rounded here, or fused into one of its uses and not into another
+
+
 def powers(s: Any, factor: float, m: Any, *, huge: bool = False, axis: int = 1) -> tuple[Any, Any, Any]:
     """(m, shrink, p) after a tile of scores, whose keys are `axis`: what came before counts `shrink` times as much, p as above.
 
@@ -44,7 +60,11 @@ def powers(s: Any, factor: float, m: Any, *, huge: bool = False, axis: int = 1) 
     m_new = jnp.maximum(m, most if huge else most * factor)
     top = jnp.maximum(m_new, LEAST)  # -inf - -inf would be NaN: a row that has seen no key yet
     if huge:
-        return m_new, jnp.exp2((m - top) * factor), jnp.exp2((s - over_keys(top, s)) * factor)
+        a, r = reference(top, factor)
+        near = jnp.maximum(jnp.abs(m), jnp.abs(top)) <= FAR  # else what came before counted otherwise, if it counts at all
+        before = lax.optimization_barrier(m * factor)
+        shrink = jnp.exp2(jnp.where(near, before - r, (m - top) * factor))
+        return m_new, shrink, jnp.exp2(s * over_keys(a, s) - over_keys(r, s))
     p = jnp.exp2(s * factor - over_keys(top, s))  # first: at D128 ptxas's order is the better one then, 704 to 625 (NOTES.md)
     return m_new, jnp.exp2(m - top), p
 
@@ -81,5 +101,7 @@ def finish(m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any]:
     """(what to multiply the accumulator by, lse): 1 / l and ln 2 * m + ln l; 0 and -inf where l = 0; NaN stays NaN."""
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
-    top = m if huge else m * LN2  # beside a bias f is log2 e
+    top = m * LN2
+    if huge:  # f is log2 e beside a bias
+        top = jnp.where(jnp.abs(m) > FAR, m, (m * LOG2E) * LN2)  # as p was counted
     return jnp.where(empty, 0.0, 1 / safe), jnp.where(empty, -jnp.inf, top + jnp.log(safe))

@@ -23,14 +23,15 @@ THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, group: int = 1, masked: bool = False,
     sloped: bool = False, cut_once: bool = False, seen: float | None = None, dense: bool = False, tiled: bool = False,
-    drops: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False),
+    drops: bool = False, bias_bytes: int = 0, bias_first: bool = False, readers: tuple[int, bool] = (1, False),
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads, `group` of them to a key/value head, of these lengths and head dims.
 
     masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of which only a
     walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row tile visits the tiles, on average, all of
     them if not said; dense: a mask that is an array; tiled: and as large as the scores; drops: dropout; bias_bytes: of an
-    element of a bias as large as the scores, 0 without one; readers: of its rows (`dense.readers`).
+    element of a bias as large as the scores, 0 without one; bias_first: accumulators start with it (`dense.comes_first`);
+    readers: of its rows (`dense.readers`).
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16
@@ -42,7 +43,7 @@ def forward_config(
     if brief is not None:
         config = brief
     elif wide <= 64:
-        config = _narrow(query_len, steps, masked, sloped, cut_once, drops)
+        config = _narrow(query_len, steps, masked, sloped, cut_once, drops, bias_first)
     elif wide <= 128:
         config = _middle(steps, sloped, cut_once, dense, drops, bias_bytes)
     else:
@@ -53,7 +54,7 @@ def forward_config(
         config = dataclasses.replace(config, chains=chains)
     config = spread_out(config, heads, query_len, seen / key_len if sloped else None, NARROW if wide <= 64 else WIDE)
     resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
-    row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops))
+    row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops, bias_first))
     # walks of one tile, D64, L 128: 6.2 us, the next queries in memory as well 6.7; with four query heads to a key head 17.4, 18.6
     queries = 2 if row_tiles > 1 and (steps > 1 or wide > 64) else 1
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=queries)
@@ -190,13 +191,16 @@ def spread_out(config: Any, heads: int, length: int, slope: float | None, takes:
     return dataclasses.replace(config, warpgroups=chosen, registers=OF_TWO if chosen == 1 else (240, 24), pinned=False)
 
 
-def _narrow(query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool) -> ForwardConfig:
+def _narrow(
+    query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool, bias_first: bool
+) -> ForwardConfig:  # fmt: skip
     """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows are too many
     for a length that is far from a multiple of them."""
     if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
         return ForwardConfig(pinned=sloped and cut_once and drops)  # causal dropout 356 TFLOP/s, not pinned 328, three 228
     # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); one item a program 515 to 544
-    return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2)
+    # accumulators that start with a bias: pinned 375 TFLOP/s, not so 412 (bfloat16; float32 362 and 365); else 397 and 378
+    return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2, pinned=not bias_first)
 
 
 def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
@@ -247,15 +251,18 @@ def _chains(
 
 
 def _most_row_tiles(
-    resident: int, key_len: int, seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool
+    resident: int, key_len: int, seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool, bias_first: bool
 ) -> int:  # fmt: skip
     """How many row tiles a program takes at most: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
     D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; D256 762 to 737, causal 631 to 556; a dense mask, D128 603, two at a
     time 592, D256 644 and one 635. Not so where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one
     544), and beside dropout (D64 359 to 400). Nor of two: B2 H16 L1024 D128 34.4 us, single ones 33.7, B1 H16 L2048 59.6 and
-    57.8, causal, D64, B2 H16 L1024 21.6 and 19.7; but causal, D128, 20.3 and 23.0.
+    57.8, causal, D64, B2 H16 L1024 21.6 and 19.7; but causal, D128, 20.3 and 23.0. Accumulators that start with a bias: single
+    ones 413 and several 412 TFLOP/s (D64), which spill 4 bytes.
     """
+    if bias_first and wide <= 64 and steps > 6:
+        return 1
     if (sloped and seen > 4096) or (resident == 2 and key_len >= 1024 and wide <= (64 if sloped else 128)):
         return 1
     if not (sloped or tiled) and drops and steps > 6 and wide != 128:

@@ -380,23 +380,33 @@ HUGE = {
         * np.array([[1], [2]] * 4, np.float32),
         "bfloat16",
     ),
+    "across 2**27, then back": (
+        (2.0**27 + 64 * np.array([[-1], [1]] * 4) * np.where(np.arange(256) >= 128, 1, -1)).astype(np.float32)[None, None],
+        "float16",
+    ),
+    "the same below 0": (
+        (-(2.0**27) + 64 * np.array([[-1], [1]] * 4) * np.where(np.arange(256) >= 128, 1, -1)).astype(np.float32)[None, None],
+        "bfloat16",
+    ),
     "3e38 beside 0": (np.where(np.arange(256) == 7, 3e38, 0).astype(np.float32).reshape(1, 1, 1, 256), "bfloat16"),
 }
 
 
 @needs_mosaic
+@pytest.mark.parametrize("E", [16, 32])  # a scale that is a power of 2: products are added to the bias; and one that is not
 @pytest.mark.parametrize("name", HUGE)
-def test_huge_biases_are_numbers(name):
+def test_huge_biases_are_numbers(name, E):
     bias, dtype = HUGE[name]
-    problem = make(8, 256, B=1, Hq=1, E=16, bias=bias).rounded(dtype)
+    problem = make(8, 256, B=1, Hq=1, E=E, bias=bias).rounded(dtype)
     check(problem, interpreted(problem), names=("out",))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("E", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("name", HUGE)
-def test_huge_biases_are_numbers_on_a_gpu(name):
+def test_huge_biases_are_numbers_on_a_gpu(name, E):
     bias, dtype = HUGE[name]
-    problem = make(8, 256, B=1, Hq=1, E=16, bias=bias).rounded(dtype)
+    problem = make(8, 256, B=1, Hq=1, E=E, bias=bias).rounded(dtype)
     check(problem, on_jax(problem, FLASH), names=("out",))
 
 

@@ -197,6 +197,19 @@ CASES = {
     "bias, several row tiles, causal": lambda: (
         make(264, 136, B=2, Hq=2, E=64, bias=biased(2, 2, 264, 144)[..., :136], keep=band(264, 136, -1, 0)), {"mask": causal(), "config": SEVERAL}
     ),
+    "bias, float16, products added to it: scale 1": lambda: (
+        make(72, 264, B=2, Hq=2, E=64, scale=1.0, bias=biased(2, 2, 72, 264)), {"dtype": jnp.float16}
+    ),
+    "bias added to products: float16": lambda: (
+        make(200, 272, B=1, Hq=2, E=64, bias=biased(1, 2, 200, 272, dtype=jnp.float16)), {"dtype": jnp.float16, "config": SEVERAL}
+    ),
+    "bias added to products: E 96, sums in chains": lambda: (
+        make(72, 264, B=1, Hq=2, E=96, bias=biased(1, 2, 72, 264)), {"config": ForwardConfig(chains=2)}
+    ),
+    "bias, products added to it, queries in registers, sinks": lambda: (
+        make(200, 272, B=1, Hq=1, E=128, scale=0.125, sinks=sinks(0.5), bias=biased(1, 1, 200, 272, dtype=jnp.bfloat16)),
+        {"config": ForwardConfig(q_registers=True)},
+    ),
     "bias of keys": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 1, 200)), {}),
     "bias of queries": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 72, 1)), {}),
     "bias, one number, and a dense mask": lambda: (
