@@ -204,7 +204,7 @@ CASES = {
         make(200, 272, B=1, Hq=2, E=64, bias=biased(1, 2, 200, 272, dtype=jnp.float16)), {"dtype": jnp.float16, "config": SEVERAL}
     ),
     "bias added to products: E 96, sums in chains": lambda: (
-        make(72, 264, B=1, Hq=2, E=96, bias=biased(1, 2, 72, 264)), {"config": ForwardConfig(chains=2)}
+        make(72, 264, B=1, Hq=2, E=96, bias=biased(1, 2, 72, 264)), {"config": ForwardConfig(chains=2, bias_stages=1)}
     ),
     "bias, products added to it, queries in registers, sinks": lambda: (
         make(200, 272, B=1, Hq=1, E=128, scale=0.125, sinks=sinks(0.5), bias=biased(1, 1, 200, 272, dtype=jnp.bfloat16)),
