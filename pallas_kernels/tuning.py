@@ -43,14 +43,14 @@ def forward_config(
     if brief is not None:
         config = brief
     elif wide <= 64:
-        config = _narrow(query_len, steps, masked, sloped, cut_once, drops, bias_first)
+        config = _narrow(query_len, steps, masked, sloped, cut_once, drops, bias_bytes > 0)
     elif wide <= 128:
         config = _middle(steps, sloped, cut_once, dense, drops, bias_bytes)
     else:
         # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
         config = ForwardConfig(block_k=64, masks_all=dense)
     if not config.alone:  # one tile: 213 TFLOP/s, with chains 183 (L 128, D64)
-        chains = _chains(wide, steps, group, masked, sloped, cut_once, dense, drops, bias_bytes > 0)
+        chains = _chains(wide, steps, group, masked, sloped, cut_once, dense, drops, bias_bytes > 0, bias_first)
         config = dataclasses.replace(config, chains=chains)
     config = spread_out(config, heads, query_len, seen / key_len if sloped else None, NARROW if wide <= 64 else WIDE)
     resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
@@ -192,15 +192,16 @@ def spread_out(config: Any, heads: int, length: int, slope: float | None, takes:
 
 
 def _narrow(
-    query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool, bias_first: bool
+    query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool, biased: bool
 ) -> ForwardConfig:  # fmt: skip
     """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows are too many
     for a length that is far from a multiple of them."""
     if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
         return ForwardConfig(pinned=sloped and cut_once and drops)  # causal dropout 356 TFLOP/s, not pinned 328, three 228
     # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); one item a program 515 to 544
-    # accumulators that start with a bias: pinned 375 TFLOP/s, not so 412 (bfloat16; float32 362 and 365); else 397 and 378
-    return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2, pinned=not bias_first)
+    # accumulators that start with a bias: pinned 375 TFLOP/s, not so 412 (bfloat16; float32 362 and 365); float16, added
+    # afterwards, 374 and 380, both with sums in chains
+    return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2, pinned=not biased)
 
 
 def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
@@ -220,7 +221,8 @@ def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool
 
 
 def _chains(
-    wide: int, steps: float, group: int, masked: bool, sloped: bool, cut_once: bool, dense: bool, drops: bool, biased: bool
+    wide: int, steps: float, group: int, masked: bool, sloped: bool, cut_once: bool, dense: bool, drops: bool, biased: bool,
+    bias_first: bool,
 ) -> int:  # fmt: skip
     """In how many chains the exponentials of a tile are added up (`ForwardConfig.chains`).
 
@@ -233,14 +235,15 @@ def _chains(
     666 / 660; one warpgroup, B1 H8 L1024, 366 / 364 / 367 / 369 / 365; dropout 575 / 579 (4 bytes spilled) / 563 / 573 / 570.
     D64, L 2048 526 / 520 / 522 / 526 / 488, causal 441 / 447 / 445 / 446 / 456, L 16384 539 / 553 / 543 / 539 / 549; a random
     bool mask 457 / 461 / 467 / 466 / 443; key lengths 530 / 543 / 538 / 537 / 504. D192 726 / 740 / 731 / 735 / 734. D256 793
-    / 769 / 772 / 778 / 778; bias 628 / 642 / 644 / 642 / 642, dropout 654 / 686 / 693 / 681 / 680.
+    / 769 / 772 / 778 / 778; bias 628 / 642 / 644 / 642 / 642, where accumulators start with it (2026-11-30) 650 / 650 / 649
+    / 645 / 647, float32 618 / 625 / 624 / 622 / 623; dropout 654 / 686 / 693 / 681 / 680.
     """
     if wide <= 64:
         if drops or biased or not masked:
-            return 0
+            return 1 if biased and not (drops or bias_first) else 0  # float16, 363 / 380 / 376 / - / 370
         return (8 if cut_once else 4) if sloped else 2 if dense else 1  # a window 364 / 368 / - / 372 / 355
     if wide > 128:
-        return 1 if wide <= 192 else 2 if biased or (drops and not sloped) else 0
+        return 1 if wide <= 192 or bias_first else 2 if biased or (drops and not sloped) else 0
     if not (masked or drops or biased):
         return 2 if steps <= 4 else 4 if group == 1 else 1
     if not sloped:
