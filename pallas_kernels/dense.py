@@ -45,7 +45,10 @@ def tile_bytes(bias: Any) -> int:
 
 def comes_first(bias: Any, scale: Any, softcap: float | None, dtype: Any) -> bool:
     """Whether the forward's accumulators start with a bias as large as the scores, and the products of queries and keys are added
-    to it: where that is exact. The queries take the scale, which is a power of 2, and float16 would lose bits of small ones.
+    to it: where scaling is exact. The queries take the scale, a power of 2, and float16 would lose bits of small ones.
+
+    The sum is rounded as tensor cores round, at each of E / 16 steps and at the size of the bias, where adding it afterwards rounds
+    once: rows all of whose keys have a bias of 1e4 and more lose digits sooner (a few units in the last place of the bias).
 
     H200, 2026-11-30, B4 L4096, TFLOP/s, added afterwards / so: float32 D64 348 / 367, D256 585 / 625; bfloat16 D64 399 / 412, D256
     645 / 650.

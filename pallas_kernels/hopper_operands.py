@@ -154,7 +154,7 @@ class Operands:
         return self.arrays[self.names.index("seeds")]
 
     def recipe(self, shape: ForwardShape, config: WalkConfig, products: Wgmma) -> Recipe:
-        """What `hopper_scores` wants to know; shape: of this orientation."""
+        """What the rooms behind want to know; shape: of this orientation."""
         kind = None if self.bias is None else self.bias.kind
         return Recipe(
             shape, config, self.mask, self.has_ids, is_prefix=False, hides=self.hides, bias_kind=kind,

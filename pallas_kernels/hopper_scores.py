@@ -194,9 +194,9 @@ class Rows:
 
     def scaled(self, q: Any) -> Any:
         """The queries' tile in shared memory, which takes the scale where the scores start with a bias."""
-        scale = self.recipe.shape.scale
-        if self.recipe.bias_first and scale is not None and scale != 1:
-            self.recipe.products.multiply(q, scale)
+        recipe = self.recipe
+        if recipe.bias_first and recipe.shape.scale != 1:
+            recipe.products.multiply(q, recipe.shape.scale)  # pyright: ignore[reportArgumentType] (it is a number then)
             plgpu.commit_smem()
         return q
 

@@ -39,7 +39,8 @@ FAR = 2.0**27
 
 
 def reference(m: Any, factor: float) -> tuple[Any, Any]:
-    """(a, r), per row: of huge scores whose largest is m, finite, p = 2**(a * s - r), one fused multiply-add.
+    """(a, r), per row: of huge scores whose largest is m, finite, p = 2**(a * s - r), one fused multiply-add, and only fused right:
+    r is that of the product rounded once.
 
     a = factor and r = a * m, rounded, up to |m| = FAR. Beyond, a = 2 and r = 2 * m, which is exact: what is not the largest is at
     least 16 less, and e**-16 or 2**-32 of it is nothing beside the 8 by which such scores are off. finfo.min would not survive

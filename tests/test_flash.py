@@ -392,6 +392,15 @@ HUGE = {
 }
 
 
+def weighs(problem, found):
+    """The output of queries that are all 0, in which a bias alone decides, to what half precision holds of it."""
+    with np.errstate(over="ignore"):
+        bias = np.broadcast_to(problem.bias, (*problem.query.shape[:3], problem.key.shape[2])).astype(np.float64)
+        weights = np.exp(bias - bias.max(-1, keepdims=True))
+    truth = weights / weights.sum(-1, keepdims=True) @ problem.value
+    np.testing.assert_allclose(found["out"], truth, rtol=0, atol=2.0**-7 * np.abs(problem.value).max())
+
+
 @needs_mosaic
 @pytest.mark.parametrize("E", [16, 32])  # a scale that is a power of 2: products are added to the bias; and one that is not
 @pytest.mark.parametrize("name", HUGE)
@@ -399,6 +408,8 @@ def test_huge_biases_are_numbers(name, E):
     bias, dtype = HUGE[name]
     problem = make(8, 256, B=1, Hq=1, E=E, bias=bias).rounded(dtype)
     check(problem, interpreted(problem), names=("out",))
+    problem = problem.but(query=np.zeros_like(problem.query))
+    weighs(problem, interpreted(problem))
 
 
 @pytest.mark.gpu
@@ -408,6 +419,8 @@ def test_huge_biases_are_numbers_on_a_gpu(name, E):
     bias, dtype = HUGE[name]
     problem = make(8, 256, B=1, Hq=1, E=E, bias=bias).rounded(dtype)
     check(problem, on_jax(problem, FLASH), names=("out",))
+    problem = problem.but(query=np.zeros_like(problem.query))
+    weighs(problem, on_jax(problem, FLASH))
 
 
 @pytest.mark.gpu
