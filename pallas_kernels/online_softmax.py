@@ -102,7 +102,6 @@ def finish(m: Any, l: Any, *, huge: bool = False) -> tuple[Any, Any]:
     """(what to multiply the accumulator by, lse): 1 / l and ln 2 * m + ln l; 0 and -inf where l = 0; NaN stays NaN."""
     empty = l == 0
     safe = jnp.where(empty, 1.0, l)
-    top = m * LN2
-    if huge:  # f is log2 e beside a bias
-        top = jnp.where(jnp.abs(m) > FAR, m, (m * LOG2E) * LN2)  # as p was counted
+    # as p was counted; f is log2 e beside a bias
+    top = jnp.where(jnp.abs(m) > FAR, m, (m * LOG2E) * LN2) if huge else m * LN2
     return jnp.where(empty, 0.0, 1 / safe), jnp.where(empty, -jnp.inf, top + jnp.log(safe))
