@@ -84,7 +84,7 @@ GPU_CASES = (
       for D in (128, 64) for causal in (False, True)),
     *(_gpu(f"B4 H{H} L4096 D{D} {extra}", (4, H, 4096, D), extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
       for extra in ("", "bool (B,1,L,S)", "bool (B,1,1,S)", "bool padding (B,1,1,S)", "bool causal (1,1,L,S)", "lengths",
-                    "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "dropout")),
+                    "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "bias16 (B,1,1,S)", "dropout")),
     *(_gpu(f"B4 H{H} L4096 D{D} causal {extra}", (4, H, 4096, D), True, extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
       for extra in ("", "dropout")),
     _gpu("B4 H16 L4096 D128 segments", (4, 16, 4096, 128), extra="segments"),

@@ -57,8 +57,10 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
         rows = case.query_len if case.extra.endswith("L,S)") else 1
         more = jax.random.bernoulli(keys[3], 0.7, (case.batch, 1, rows, S))
     elif case.extra.startswith("bias"):
-        own, dtype = (case.batch, case.dtype) if case.extra.startswith("bias16") else (1, "float32")
-        more = jax.random.normal(keys[3], (own, case.q_heads, case.query_len, S), dtype)
+        kind, _, dims = case.extra.partition(" ")
+        sizes = {"B": case.batch, "H": case.q_heads, "L": case.query_len, "S": S, "1": 1}
+        shape = tuple(sizes[dim] for dim in dims.strip("()").split(","))
+        more = jax.random.normal(keys[3], shape, case.dtype if kind == "bias16" else "float32")
     elif case.extra == "lengths":
         more = KeyLengths(jnp.full((case.batch,), S - S // 8, jnp.int32))
     elif case.extra == "segments":

@@ -30,7 +30,7 @@ from benchmarks.gpu import cotangent, device_time, operands
 from benchmarks.gpu_peers import torch_backends
 from jax_sdpa import dropout
 from jax_sdpa.attention.bias import causal, sliding_window
-from pallas_kernels import backward_tuning, flash_attention, flash_backward, tuning
+from pallas_kernels import backward_tuning, dense, flash_attention, flash_backward, tuning
 from pallas_kernels.contracts import BackwardConfig, ForwardConfig, WalkConfig
 from pallas_kernels.visits import cdiv
 
@@ -39,11 +39,12 @@ def variants(case: Case) -> dict[str, ForwardConfig | None]:
     """By name; None is what `tuning` chooses."""
     found: dict[str, ForwardConfig | None] = {"tuned": None}
     _, more = jax.eval_shape(lambda: operands(case))
-    bias_bytes = {"bias16": 2, "bias32": 4}.get(case.extra[:6], 0)
+    bias = more if case.extra.startswith("bias") else None
+    bias_bytes, keyed = dense.tile_bytes(bias), dense.is_keyed(bias)
     tuned = flash_attention.chosen(
         heads=case.batch * case.q_heads, group=case.q_heads // case.kv_heads, query_len=case.query_len, key_len=case.key_len,
         head_dim=case.head_dim, value_head_dim=case.head_dim, mask=structured(case, more), bias_bytes=bias_bytes,
-        keep=more if case.extra.startswith("bool") else None, drops=case.extra == "dropout",
+        keyed=keyed, keep=more if case.extra.startswith("bool") else None, drops=case.extra == "dropout",
     )  # fmt: skip
     middle = {name: getattr(tuned, name) for name in ("q_registers", "pinned", "spread")}
     three = {"warpgroups": 3, "registers": (160, 32), "pinned": True}
@@ -59,7 +60,7 @@ def variants(case: Case) -> dict[str, ForwardConfig | None]:
                 read = 4 * case.key_len * case.head_dim * case.kv_heads // case.q_heads
                 together = tuning.side_by_side(cdiv(case.query_len, rows), read) if case.causal and n == 1 else 1
                 config = ForwardConfig(**base, row_tiles=n, queries=queries, together=together)
-                fits = tuning.shared_bytes(config, case.head_dim, case.head_dim, bias_bytes) <= tuning.SHARED_MEMORY
+                fits = tuning.shared_bytes(config, case.head_dim, case.head_dim, bias_bytes, keyed) <= tuning.SHARED_MEMORY
                 if fits and f"{name}{n}" not in found and (queries == 1 or n > 1):
                     found[f"{name}{n}"] = config
     return found
