@@ -46,7 +46,7 @@ def backward_config(
     if wide <= 64:
         many = heads // group * cdiv(key_len, 128) > tuning.SMS // 2  # B1 H8 L1024 35.8 us, fused 38.7; B1 H16 52.8, 45.8
         fuses = may_fuse and head_dim > 48 and min(query_len, seen) >= 1024 and many
-        own = _narrow(fuses, seen, masked, cut_once, prefix, drops, bias_bytes > 0, capped)
+        own = _narrow(fuses, seen, masked, cut_once, prefix, drops, biased, bias_bytes > 0, capped)
     elif wide <= 128:
         # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553; capped:
         # from causal L 2048 on
@@ -88,13 +88,14 @@ Kernels = dict[str, WalkConfig | None]
 
 
 def _narrow(
-    fuses: bool, seen: float, masked: bool, cut_once: bool, prefix: bool, drops: bool, tiled_bias: bool, capped: bool
+    fuses: bool, seen: float, masked: bool, cut_once: bool, prefix: bool, drops: bool, biased: bool, tiled_bias: bool, capped: bool
 ) -> Kernels:  # fmt: skip
     """D64. Beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)."""
     dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
     # L 16384: 6282 us, not early 6543; dq and dkv, causal, 6750, 7115; L 2048 979, 1009; L 512 354, 347; both passes, lengths,
     # L 4096 4042, 4151, L 512 738, 753, and 24 bytes spilled
-    dq = dataclasses.replace(dv, early=not drops and (not masked or prefix or (cut_once and seen > 512)))
+    early = not drops and ((not masked and not (biased and seen <= 512)) or prefix or (cut_once and seen > 512))
+    dq = dataclasses.replace(dv, early=early)
     # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148. Beside a softcap 128 spill:
     # both passes, causal, L 4096, 4297 and 4585 us, but fused 3422; a window of 1000 at L 2048 2659 and 2478
     dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not (drops or capped) else WalkConfig()
@@ -238,7 +239,7 @@ def shared_bytes(
 ) -> int:  # fmt: skip
     """Of a program of 'dq', 'dkv', 'dk', 'dv' or 'fused': its rows, tiles of columns, and what comes with each query."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
-    ring = config.bias_stages * config.rows * config.block_k * bias_bytes
+    ring = config.bias_stages * config.block_k * (config.rows * bias_bytes if bias_bytes else 4 if biased else 0)
     if kernel == "dq":
         stored = config.rows * config.block_k * bias_bytes  # a tile of the bias's gradient on its way out
         tiles = config.block_k * (config.stages * E + config.brief_stages * Ev)

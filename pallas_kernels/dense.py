@@ -5,7 +5,7 @@ A dim of size 1 stays 1. By the dims that are left, an operand is one of four ki
     kind      mask, packed                         bias
     tile      (B|1, Hq|1, pieces of S, L, 4)       (B|1, Hq|1, L, S), its own dtype, brought by TMA
     row       (B|1, Hq|1, 1, L, 1), all ones or 0  (B|1, Hq|1, L) float32
-    column    (B|1, Hq|1, pieces of S, 1, 4)       (B|1, Hq|1, S) float32
+    column    (B|1, Hq|1, pieces of S, 1, 4)       (B|1, Hq|1, S) float32, by TMA as well
     scalar    (B|1, Hq|1, 1, 1, 1)                 (B|1, Hq|1, 1) float32
 
 A mask is packed as the threads of a Hopper warpgroup want it. Of a row of an accumulator, thread t of four holds the columns
@@ -15,7 +15,6 @@ A mask is packed as the threads of a Hopper warpgroup want it. Of a row of an ac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,18 +42,9 @@ def tile_bytes(bias: Any) -> int:
     return bias.dtype.itemsize if bias is not None and kind(bias) == "tile" else 0
 
 
-def comes_first(bias: Any, scale: Any, softcap: float | None, dtype: Any) -> bool:
-    """Whether the forward's accumulators start with a bias as large as the scores, and the products of queries and keys are added
-    to it: where scaling is exact. The queries take the scale, a power of 2, and float16 would lose bits of small ones.
-
-    The sum is rounded as tensor cores round, at each of E / 16 steps and at the size of the bias, where adding it afterwards rounds
-    once: rows all of whose keys have a bias of 1e4 and more lose digits sooner (a few units in the last place of the bias).
-
-    H200, 2026-11-30, B4 L4096, TFLOP/s, added afterwards / so: float32 D64 348 / 367, D256 585 / 625; bfloat16 D64 399 / 412, D256
-    645 / 650.
-    """
-    of_two = isinstance(scale, float) and 2**-20 < scale <= 1 and math.frexp(scale)[0] == 0.5
-    return of_two and tile_bytes(bias) > 0 and softcap is None and (scale == 1 or dtype == jnp.bfloat16)
+def is_keyed(bias: Any) -> bool:
+    """Whether there is a bias, and it has a number for each key that all queries share."""
+    return bias is not None and kind(bias) == "column"
 
 
 def readers(bias: Any, batch: int, heads: int) -> tuple[int, bool]:

@@ -115,8 +115,7 @@ def forward(
     if config is None:
         config = chosen(
             heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, keep=keep, drops=drops,
-            bias_bytes=bias_bytes, bias_first=dense.comes_first(bias, scale, softcap, query.dtype),
-            readers=dense.readers(bias, B, Hq),
+            bias_bytes=bias_bytes, keyed=dense.is_keyed(bias), readers=dense.readers(bias, B, Hq),
         )  # fmt: skip
     given = mask
     if keep is not None:

@@ -13,7 +13,7 @@ one of them for all of its items.
 Who waits for what: the ring of K and V (`hopper_keys`) goes round and round over all items, and beside it
 
     q_ready      a warpgroup's own rows have arrived; it asks for the next item's when it starts with one
-    bias_ready   loader -> computers    a tile of a bias as large as the scores has arrived
+    bias_ready   loader -> computers    a tile of a bias as large as the scores, or its numbers for a tile's keys, have arrived
     bias_free    computers -> loader    every computing warpgroup has read it
 """
 
@@ -77,12 +77,11 @@ def forward(
         hides=hides,
         bias_kind=None if bias is None else dense.kind(bias), keep_kind=None if keep is None else dense.kind(keep),
         generator=generator, products=Wgmma(interpret is not None),
-        bias_first=dense.comes_first(bias, shape.scale, shape.softcap, dtype),
     )  # fmt: skip
     if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
-    bias_kind = recipe.bias_kind
-    check_room(config, cdiv(S, bk), config.stages, *([config.bias_stages] if bias_kind == "tile" else []))
+    bias_kind, brought = recipe.bias_kind, recipe.bias_kind in ("tile", "column")
+    check_room(config, cdiv(S, bk), config.stages, *([config.bias_stages] if brought else []))
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*operands: Any, q_s: Any, lse_s: Any, q_ready: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None,
@@ -109,7 +108,8 @@ def forward(
         count = items.count(program)
 
         zero = 0 * program  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
-        if several and E > 128:  # else ptxas knows how many steps a full walk has, and spills: L 512 597 to 627 TFLOP/s
+        # else ptxas knows how many steps a full walk has, and spills: D256, L 512, 597 to 627 TFLOP/s; D64, bias of keys, 24 bytes
+        if several and (E > 128 or (bias_kind == "column" and mask is None and not config.pinned)):
             zero = lax.optimization_barrier(zero)
 
         def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
@@ -212,7 +212,8 @@ def forward(
 
                 ring.bring_keys(number, copy(k_ref))
                 if bias_s is not None:
-                    where = pl.ds(row_tile * config.rows, config.rows), pl.ds(t * bk, bk)
+                    columns = pl.ds(t * bk, bk)
+                    where = (pl.ds(row_tile * config.rows, config.rows), columns) if bias_kind == "tile" else (columns,)
                     now = slot(number, config.bias_stages)
                     pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(bias_free.at[now]))
                     plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s.at[now], bias_ready.at[now])
@@ -232,7 +233,12 @@ def forward(
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     q_slots = config.queries * n_wg
-    bias_transforms = transforms(math.gcd(bk, bias.shape[3]), bias.dtype) if bias is not None and bias_kind == "tile" else ()
+    if bias is not None and bias_kind == "tile":
+        bias_s = smem(
+            (config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(math.gcd(bk, bias.shape[3]), bias.dtype)
+        )
+    else:
+        bias_s = smem((config.bias_stages, bk), jnp.float32)
     call = launch(
         kernel,
         config,
@@ -247,10 +253,10 @@ def forward(
             "q_ready": barrier(num_barriers=q_slots),
             **Ring.barriers(config, hides=hides or told),
             **({
-                "bias_s": smem((config.bias_stages, config.rows, bk), bias.dtype, transforms=bias_transforms),
+                "bias_s": bias_s,
                 "bias_ready": barrier(num_barriers=config.bias_stages),
                 "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
-            } if bias is not None and bias_kind == "tile" else {}),
+            } if brought else {}),
         },
         interpret=interpret,
     )  # fmt: skip

@@ -78,7 +78,7 @@ class GradientRows(Rows):
         elif not recipe.waits:
             s = s * scale_at(shape, refs, self.b)
         if recipe.bias_kind is not None:
-            s = s + self._addend(t, number)
+            s = s + self._addend(number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cut_once):
             # a branch spills beside the words of dropout, and beside the sums of dk and dv (NOTES.md); but not under lengths
             always = not recipe.cuts_few if recipe.drops else recipe.config.masks_all

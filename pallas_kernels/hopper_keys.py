@@ -101,12 +101,11 @@ class Ring:
             acc, m, l, p = state
             now, before = slot(done + i, stages), slot(done + i - 1, stages)
             packed = [] if recipe.cuts_first_only else rows.keep_words(i)
-            start = rows.start(i, done + i)
             plgpu.barrier_wait(self.k_ready.at[now])
             acc, (m, l, shrink, p) = products.step(
                 q, self.k_s.at[now], acc, p, self.v_s.at[before],
                 lambda: plgpu.barrier_wait(self.v_ready.at[before]), lambda: plgpu.barrier_arrive(self.k_free.at[now]),
-                functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l), pin, start,
+                functools.partial(rows.softmax, i=i, packed=packed, number=done + i), (m, l), pin,
             )  # fmt: skip
             plgpu.barrier_arrive(self.v_free.at[before])
             return acc * over_columns(shrink, acc), m, l, p
@@ -115,12 +114,12 @@ class Ring:
         if not isinstance(first, int):
             pass_by((*self.rings, *others), done, done + first)
         packed, now = rows.keep_words(first), slot(done + first, stages)
-        q, start = rows.scaled(query()), rows.start(first, done + first)
+        q = query()
         plgpu.barrier_wait(self.k_ready.at[now])
         if config.q_registers:
             q = plgpu.load(q, layout=TILE)  # pyright: ignore[reportCallIssue]
             products.read()
-        s = products.scores(q, self.k_s.at[now], start)
+        s = products.scores(q, self.k_s.at[now])
         plgpu.barrier_arrive(self.k_free.at[now])
         m, l, _, p = rows.softmax(s, *rows.first(), i=first, packed=packed, number=done + first, is_first=True)
         state = filled(tile_of_rows, 0.0, TILE), m, l, p.astype(recipe.shape.dtype)

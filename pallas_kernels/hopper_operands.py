@@ -174,8 +174,8 @@ class Operands:
 
     @property
     def brings_bias(self) -> bool:
-        """Whether tiles of a bias come by TMA."""
-        return self.bias is not None and self.bias.kind == "tile"
+        """Whether tiles of a bias, or its numbers for the columns of one, come by TMA."""
+        return self.bias is not None and self.bias.kind in ("tile", "column")
 
     def bias_ring(self, config: WalkConfig) -> dict[str, Any]:
         """The scratch of a ring of bias tiles."""
@@ -183,8 +183,12 @@ class Operands:
             return {}
         assert self.bias is not None
         rows, columns = (config.block_k, config.rows) if self.bias.crossed else (config.rows, config.block_k)
+        if self.bias.kind == "column":
+            bias_s = plgpu.SMEM((config.bias_stages, columns), jnp.float32)
+        else:
+            bias_s = self.bias_tile((config.bias_stages, rows), columns)
         return {
-            "bias_s": self.bias_tile((config.bias_stages, rows), columns),
+            "bias_s": bias_s,
             "bias_ready": plgpu.Barrier(num_barriers=config.bias_stages),
             "bias_free": plgpu.Barrier(num_arrivals=config.rows // config.block_q, num_barriers=config.bias_stages),
         }
@@ -216,9 +220,9 @@ class Operands:
             return
         now = slot(number, config.bias_stages)
         pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(refs.bias_free.at[now]))
-        where = [pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)]
-        if self.bias is not None and self.bias.crossed:
-            where.reverse()
+        rows, columns = pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)
+        assert self.bias is not None
+        where = (columns,) if self.bias.kind == "column" else (columns, rows) if self.bias.crossed else (rows, columns)
         plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], refs.bias_s.at[now], refs.bias_ready.at[now])
 
     def bias_rings(self, refs: Refs, config: WalkConfig) -> list[tuple[Any, int]]:

@@ -85,12 +85,6 @@ class Wgmma:
             return hopper_ptx.store(memory, tile)
         memory[...] = tile
 
-    def multiply(self, memory: Any, factor: float) -> None:
-        """A tile (64, dim) of bfloat16 in shared memory times a power of 2; `commit_smem` is left to do."""
-        if not self.interpret:
-            return hopper_ptx.multiply(memory, factor)
-        memory[...] = (memory[...].astype(jnp.float32) * factor).astype(memory.dtype)
-
     def clear(self, memory: Any, seen: tuple[Any, ...]) -> None:
         """Zeros for rows of a tile (64, dim) in shared memory, whose bit in two words is 0; `commit_smem` is left to do."""
         if not self.interpret:
@@ -103,18 +97,16 @@ class Wgmma:
         all rows have the same."""
         return jnp.where(dense.unpack(words, s.shape[1]), s, -jnp.inf) if self.interpret else hopper_ptx.kept(s, words, same_rows)
 
-    def scores(self, q: Any, k: Any, start: Any = None) -> Any:
-        """start + q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32; start: None for zeros."""
+    def scores(self, q: Any, k: Any) -> Any:
+        """q @ k.T: (rows, E), (keys, E) in shared memory -> (rows, keys) float32."""
         kt = k.transpose((1, 0))
         if self.interpret:
-            return self._dot(q, kt) if start is None else start + self._dot(q, kt)
+            return self._dot(q, kt)
 
         def body(acc: Any) -> Any:
             plgpu.wgmma(acc, q, kt)
             return acc[...]
 
-        if start is not None:
-            return pl.run_state(lambda acc: plgpu.wgmma(acc, q, kt))(plgpu.ACC.init(start))
         return pl.run_scoped(body, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
     def sum(self, operands: Sequence[tuple[Any, Any]], shape: tuple[int, int]) -> Any:
@@ -148,16 +140,15 @@ class Wgmma:
 
     def step(
         self, q: Any, k: Any, acc: Any, p: Any, v: Any, before_v: Callable[[], None], after_k: Callable[[], None],
-        softmax: Callable[..., tuple[Any, ...]], state: tuple[Any, Any], pin: Any, start: Any,
+        softmax: Callable[..., tuple[Any, ...]], state: tuple[Any, Any], pin: Any,
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
-        """(acc + p @ v, softmax(start + q @ k.T, *state)): both products issued at once, the second one runs under the softmax.
+        """(acc + p @ v, softmax(q @ k.T, *state)): both products issued at once, the second still running under the softmax.
 
         softmax(s, m, l) -> (m, l, shrink, p), all float32; p comes back in the dtype of the last one. pin: shared memory for l,
-        which holds the second product under all of the softmax; None leaves it to the compiler where to wait. start: as of
-        `scores`.
+        which holds the second product under all of the softmax; None leaves it to the compiler where to wait.
         """
         if self.interpret:
-            s = self.scores(q, k, start)
+            s = self.scores(q, k)
             before_v()
             acc = self.add(acc, p, v)
             after_k()
@@ -165,7 +156,7 @@ class Wgmma:
             return acc, (*after, p32.astype(p.dtype))
 
         def stage(refs: Any) -> None:
-            acc_ref, m_ref, l_ref, shrink_ref, p_ref, *started = refs
+            acc_ref, m_ref, l_ref, shrink_ref, p_ref = refs
 
             def products(s_ref: Any) -> Any:
                 plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
@@ -173,7 +164,7 @@ class Wgmma:
                 plgpu.wgmma(acc_ref, p, v)
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)  # of the two the scores only
 
-            s = products(*started) if started else pl.run_scoped(products, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+            s = pl.run_scoped(products, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
             after_k()
             m_new, l_new, shrink, p32 = lax.optimization_barrier(softmax(s, m_ref[...], l_ref[...]))
             if pin is not None:
@@ -183,7 +174,6 @@ class Wgmma:
 
         m, l = state
         unset = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), plgpu.Layout.WGMMA)
-        started = () if start is None else (plgpu.ACC.init(start),)
-        acc, *after, p32 = pl.run_state(stage)((plgpu.ACC.init(acc), m, l, m, unset, *started))[:5]
+        acc, *after, p32 = pl.run_state(stage)((plgpu.ACC.init(acc), m, l, m, unset))
         # narrowed when the second product, which reads the last p, is done: before, ptxas would serialise (C7513)
         return acc, (*after, p32.astype(p.dtype))

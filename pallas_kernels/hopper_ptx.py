@@ -140,35 +140,6 @@ mad.lo.u32 at, more, {swizzle}, at;
     call(memory, *seen)
 
 
-def multiply(memory: Any, factor: float) -> None:
-    """A tile (64, dim) of bfloat16 in shared memory times a number that is one of bfloat16, dim a multiple of 16.
-
-    It is all the same to each number where it lies, so 16 bytes a thread after another, without the two places a thread that
-    Mosaic would make of a load and a store, which wait in registers from one item to the next.
-    """
-    word = np.array([factor, factor], jnp.bfloat16).view(np.uint32).item()
-    words = "{w0, w1, w2, w3}"
-    each = "".join(f"mul.rn.bf16x2 w{n}, w{n}, factor;\n" for n in range(4))
-    steps = "".join(
-        f"ld.shared.v4.b32 {words}, [at + {offset}];\n{each}st.shared.v4.b32 [at + {offset}], {words};\n"
-        for offset in range(0, 64 * 2 * memory.shape[1], 128 * 16)
-    )
-    code = f"""{{
-.reg .b32 at, factor, w0, w1, w2, w3;
-mov.b32 factor, {word};
-mov.u32 at, %tid.x;
-and.b32 at, at, 127;
-mad.lo.u32 at, at, 16, $0;
-{steps}
-}}"""
-
-    def run(_: Any, memory: Any) -> None:
-        ptx(code, "r,~{memory}", [], [op("llvm.ptrtoint", i32(), mgpu.utils.memref_ptr(memory))], effects=True)
-
-    call: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms(memory.shape[1], memory.dtype)),))(run)
-    call(memory)
-
-
 def store(memory: Any, tile: Any) -> None:
     """A tile (64, columns) of halves in WGMMA's layout into shared memory that begins at a multiple of 1024 bytes; columns a
     multiple of 64, so that TMA's swizzle is of 128 bytes.

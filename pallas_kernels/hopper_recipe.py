@@ -35,9 +35,9 @@ class Recipe:
     is_prefix: every query keeps the same first keys, if not all (`contracts.Mask.is_prefix`). hides, own_hides: whether numbers
     hide some columns from every row, some rows from every column (`hopper_hidden`). folded: rows are (heads of a group, L), all in
     one tile. cut_once: no tile but the first of a walk is cut: `visits.cut_once`, or the list says so (`visits.ListWalk.cut_once`).
-    bias_crossed: tiles of a bias lie transposed in shared memory. bias_first: products are added to it (`dense.comes_first`).
-    upward: walks begin with the first tile that a slope cuts, not with the last one. slope_from_p: softcap's slope is made of p
-    when it is wanted, and not held beside it (`hopper_gradients`). cuts_few: the mask is `is_prefix`, or that transposed.
+    bias_crossed: tiles of a bias lie transposed in shared memory. upward: walks begin with the first tile that a slope cuts, not
+    with the last one. slope_from_p: softcap's slope is made of p when it is wanted, and not held beside it (`hopper_gradients`).
+    cuts_few: the mask is `is_prefix`, or that transposed.
     """
 
     shape: ForwardShape
@@ -54,7 +54,6 @@ class Recipe:
     own_hides: bool = False
     cut_once: bool = False
     bias_crossed: bool = False
-    bias_first: bool = False
     upward: bool = False
     slope_from_p: bool = False
     cuts_few: bool = False
@@ -119,7 +118,8 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """The operands beside q, k and v, in global memory; the ring of bias tiles in shared memory. None: there is none.
+    """The operands beside q, k and v, in global memory; in shared memory the ring of a bias's tiles, or of its numbers for their
+    columns. None: there is none.
 
     seen, own_seen: bits of the columns, and of the rows, that are not hidden from everybody (`hopper_hidden`)."""
 

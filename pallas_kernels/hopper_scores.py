@@ -167,38 +167,27 @@ class Rows:
             return jnp.where(word != 0, s, -jnp.inf)
         return self.recipe.products.kept(s, packed, same_rows=self.recipe.keep_kind == "column")
 
-    def _addend(self, t: Any, number: Any) -> Any:
-        """The bias of key tile t, float32; the tile is the ring's of that number."""
+    def _addend(self, number: Any) -> Any:
+        """The bias of a key tile, float32, which is the ring's of that number."""
         refs, kind = self.refs, self.recipe.bias_kind
         lead = shared(refs.bias, self.b, self.h)
         if kind == "scalar":
             return refs.bias[(*lead, 0)]
         if kind == "row":
             return self._by_row(refs.bias.at[lead])
-        if kind == "column":
-            return self._by_column(refs.bias.at[lead], t)
         now, bq = lax.rem(number, np.int32(self.recipe.config.bias_stages)), self._tile[0]
         plgpu.barrier_wait(refs.bias_ready.at[now])
-        own, tiles = pl.ds(self.wg * bq, bq), refs.bias_s
-        tile = tiles.at[now, :, own].transpose((1, 0)) if self.recipe.bias_crossed else tiles.at[now, own]
-        found = plgpu.load(tile, layout=TILE)  # pyright: ignore[reportCallIssue]
+        if kind == "column":
+            found = self._by_column(refs.bias_s.at[now], 0)
+        else:
+            own, tiles = pl.ds(self.wg * bq, bq), refs.bias_s
+            tile = tiles.at[now, :, own].transpose((1, 0)) if self.recipe.bias_crossed else tiles.at[now, own]
+            found = plgpu.load(tile, layout=TILE)  # pyright: ignore[reportCallIssue]
         # A plain load may still be on its way when its thread arrives, and TMA does not wait for it: without this fence rows of
         # the next tile were read, once in 10**4 tiles at D256 (NOTES.md, "A load that TMA overtook").
         self.recipe.products.loaded()
         plgpu.barrier_arrive(refs.bias_free.at[now])
         return self.recipe.products.widened(found)
-
-    def start(self, i: Any, number: Any) -> Any:
-        """What the scores of step i start with, None for zeros."""
-        return self._addend(self.walk.tile(i), number) if self.recipe.bias_first else None
-
-    def scaled(self, q: Any) -> Any:
-        """The queries' tile in shared memory, which takes the scale where the scores start with a bias."""
-        recipe = self.recipe
-        if recipe.bias_first and recipe.shape.scale != 1:
-            recipe.products.multiply(q, recipe.shape.scale)  # pyright: ignore[reportArgumentType] (it is a number then)
-            plgpu.commit_smem()
-        return q
 
     def _masked(self, s: Any, t: Any, packed: list[Any]) -> Any:
         recipe = self.recipe
@@ -230,10 +219,9 @@ class Rows:
         """(m, l, shrink, p), float32, after the scores (block_q, block_k) of step i, the ring's of that number."""
         recipe, refs, t = self.recipe, self.refs, self.walk.tile(i)
         shape, generator = recipe.shape, recipe.generator
-        if not recipe.bias_first:
-            s = adjusted(recipe, refs, self.b, s)
-            if recipe.bias_kind is not None:
-                s = s + self._addend(t, number)
+        s = adjusted(recipe, refs, self.b, s)
+        if recipe.bias_kind is not None:
+            s = s + self._addend(number)
         if (recipe.mask is not None or packed or recipe.ragged) and (is_first or not recipe.cuts_first_only):
             always = recipe.drops or recipe.config.masks_all  # beside the words of dropout a branch spills
             s = self._cut(s, i, t, packed, always=always)

@@ -23,15 +23,15 @@ THREE = ForwardConfig(warpgroups=3, registers=(160, 32), pinned=True)
 def forward_config(
     *, heads: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, group: int = 1, masked: bool = False,
     sloped: bool = False, cut_once: bool = False, seen: float | None = None, dense: bool = False, tiled: bool = False,
-    drops: bool = False, bias_bytes: int = 0, bias_first: bool = False, readers: tuple[int, bool] = (1, False),
+    drops: bool = False, bias_bytes: int = 0, keyed: bool = False, readers: tuple[int, bool] = (1, False),
 ) -> ForwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq heads, `group` of them to a key/value head, of these lengths and head dims.
 
     masked: there is a mask; sloped: a causal one or a window, which cuts other keys off for each row; cut_once: of which only a
     walk's first tile needs the mask (`visits.cut_once`); seen: of how many keys a row tile visits the tiles, on average, all of
     them if not said; dense: a mask that is an array; tiled: and as large as the scores; drops: dropout; bias_bytes: of an
-    element of a bias as large as the scores, 0 without one; bias_first: accumulators start with it (`dense.comes_first`);
-    readers: of its rows (`dense.readers`).
+    element of a bias as large as the scores, 0 without one, readers: of its rows (`dense.readers`); keyed: there is a bias that
+    has a number for each key.
 
     >>> forward_config(heads=512, query_len=512, key_len=512, head_dim=128, value_head_dim=128).row_tiles
     16
@@ -43,22 +43,22 @@ def forward_config(
     if brief is not None:
         config = brief
     elif wide <= 64:
-        config = _narrow(query_len, steps, masked, sloped, cut_once, drops, bias_bytes > 0)
+        config = _narrow(query_len, steps, masked, sloped, cut_once, drops, bias_bytes > 0, keyed)
     elif wide <= 128:
-        config = _middle(steps, sloped, cut_once, dense, drops, bias_bytes)
+        config = _middle(steps, sloped, cut_once, dense, drops, bias_bytes > 0, keyed)
     else:
         # every tile of a random bool mask masked 697 TFLOP/s, by a branch 675; D128 549 and 646, D64 417 and 448
         config = ForwardConfig(block_k=64, masks_all=dense)
     if not config.alone:  # one tile: 213 TFLOP/s, with chains 183 (L 128, D64)
-        chains = _chains(wide, steps, group, masked, sloped, cut_once, dense, drops, bias_bytes > 0, bias_first)
+        chains = _chains(wide, steps, group, masked, sloped, cut_once, dense, drops, bias_bytes, keyed)
         config = dataclasses.replace(config, chains=chains)
     config = spread_out(config, heads, query_len, seen / key_len if sloped else None, NARROW if wide <= 64 else WIDE)
     resident = 1 if config.alone else cdiv(heads * cdiv(query_len, config.rows), SMS)
-    row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops, bias_first))
+    row_tiles = min(resident, _most_row_tiles(resident, key_len, seen, steps, wide, sloped, tiled, drops))
     # walks of one tile, D64, L 128: 6.2 us, the next queries in memory as well 6.7; with four query heads to a key head 17.4, 18.6
     queries = 2 if row_tiles > 1 and (steps > 1 or wide > 64) else 1
     config = dataclasses.replace(config, row_tiles=row_tiles, queries=queries)
-    config = fitted(config, LESS, lambda config: shared_bytes(config, head_dim, value_head_dim, bias_bytes))
+    config = fitted(config, LESS, lambda config: shared_bytes(config, head_dim, value_head_dim, bias_bytes, keyed))
     read = 2 * key_len * (head_dim + value_head_dim) // group
     if sloped and config.row_tiles == 1:
         config = dataclasses.replace(config, together=side_by_side(cdiv(query_len, config.rows), read))
@@ -121,14 +121,15 @@ LESS: tuple[dict[str, Any], ...] = (
 are faster than 64 keys with two (402 to 372 TFLOP/s)."""
 
 
-def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias_bytes: int) -> int:
+def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias_bytes: int, keyed: bool = False) -> int:
     """Of a program's queries, keys, values, results, bias tiles and pins; head dims as the kernel pads them."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
     queries = config.rows * E * config.queries
     results = config.rows * config.out_columns(E, Ev) if config.own_out(E, Ev) else 0
     keys = config.stages * config.block_k * (E + Ev)
     pins = 4 * config.rows * math.prod(config.sums) if config.pinned or config.pinned_once else 0
-    return 2 * (queries + results + keys) + config.bias_stages * config.rows * config.block_k * bias_bytes + pins
+    biases = config.bias_stages * config.block_k * (4 if keyed else config.rows * bias_bytes)
+    return 2 * (queries + results + keys) + biases + pins
 
 
 def _short_rows(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, plain: bool) -> ForwardConfig | None:
@@ -192,19 +193,22 @@ def spread_out(config: Any, heads: int, length: int, slope: float | None, takes:
 
 
 def _narrow(
-    query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool, biased: bool
+    query_len: int, steps: float, masked: bool, sloped: bool, cut_once: bool, drops: bool, biased: bool, keyed: bool
 ) -> ForwardConfig:  # fmt: skip
     """D64. Three warpgroups have 160 registers a thread: dropout's words and a mask together spill there; and 192 rows are too many
     for a length that is far from a multiple of them."""
     if (masked and drops) or cdiv(query_len, THREE.rows) * THREE.rows > 1.25 * query_len:
         return ForwardConfig(pinned=sloped and cut_once and drops)  # causal dropout 356 TFLOP/s, not pinned 328, three 228
     # more tiles in flight where items change often, or differ: 286 to 274 TFLOP/s (causal, L 512); one item a program 515 to 544
-    # accumulators that start with a bias: pinned 375 TFLOP/s, not so 412 (bfloat16; float32 362 and 365); float16, added
-    # afterwards, 374 and 380, both with sums in chains
-    return dataclasses.replace(THREE, stages=4 if (sloped and steps <= 32) or steps <= 6 else 2, pinned=not biased)
+    # a bias, pinned or not: bfloat16 389 and 397 TFLOP/s, causal 353 and 359, float16 374 and 380, float32 336 and 335; of keys 439
+    # and 455, causal 402 and 415, but at L 512 342 and 336
+    stages = 4 if (sloped and steps <= 32) or steps <= 6 else 2
+    return dataclasses.replace(THREE, stages=stages, pinned=not (biased or (keyed and (sloped or steps > 6))))
 
 
-def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool, bias_bytes: int) -> ForwardConfig:
+def _middle(
+    steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool, biased: bool, keyed: bool
+) -> ForwardConfig:  # fmt: skip
     """D128. Queries in registers: without a mask 734 TFLOP/s, else 718; with dropout 576, else 524, causal 547 and 551; beside a
     slope's coordinates in the loop they spill.
 
@@ -213,16 +217,16 @@ def _middle(steps: float, sloped: bool, cut_once: bool, dense: bool, drops: bool
     loop, they take turns by themselves, and pinned loses: dropout 556 to 576. Walks of two or three tiles are better masked in the
     loop: causal L 512 388 to 370. All on an H200, 2026-11-24 to 27.
     """
-    once = cut_once and steps > 3 and not drops and bias_bytes == 0
+    once = cut_once and steps > 3 and not (drops or biased)
     return ForwardConfig(
-        q_registers=once or not sloped, pinned=once, pinned_once=dense and not drops and bias_bytes == 0,
-        spread=steps <= 3,
+        q_registers=once or not (sloped or keyed), pinned=once or (keyed and not (sloped or drops)),
+        pinned_once=dense and not (drops or biased), spread=steps <= 3,
     )  # fmt: skip
 
 
 def _chains(
-    wide: int, steps: float, group: int, masked: bool, sloped: bool, cut_once: bool, dense: bool, drops: bool, biased: bool,
-    bias_first: bool,
+    wide: int, steps: float, group: int, masked: bool, sloped: bool, cut_once: bool, dense: bool, drops: bool, bias_bytes: int,
+    keyed: bool,
 ) -> int:  # fmt: skip
     """In how many chains the exponentials of a tile are added up (`ForwardConfig.chains`).
 
@@ -235,37 +239,39 @@ def _chains(
     666 / 660; one warpgroup, B1 H8 L1024, 366 / 364 / 367 / 369 / 365; dropout 575 / 579 (4 bytes spilled) / 563 / 573 / 570.
     D64, L 2048 526 / 520 / 522 / 526 / 488, causal 441 / 447 / 445 / 446 / 456, L 16384 539 / 553 / 543 / 539 / 549; a random
     bool mask 457 / 461 / 467 / 466 / 443; key lengths 530 / 543 / 538 / 537 / 504. D192 726 / 740 / 731 / 735 / 734. D256 793
-    / 769 / 772 / 778 / 778; bias 628 / 642 / 644 / 642 / 642, where accumulators start with it (2026-11-30) 650 / 650 / 649
-    / 645 / 647, float32 618 / 625 / 624 / 622 / 623; dropout 654 / 686 / 693 / 681 / 680.
+    / 769 / 772 / 778 / 778; a bias (2026-11-30; also below) 626 / 646 / 641 / 640 / -, float32 555 / 573 / 595 / 583 / -, D64
+    376 / 397 / 386 / 382 / -, causal 337 / 359 / 343 / 344 / -, float32 338 / 335 / 339 / 334 / -, float16 363 / 380 / 376 /
+    370 / -; of keys, D64, 449 / 442 / 450 / 455, L 2048 420 / 415 / 419 / 428, causal 383 / 415 / 395 / 405, L 512, pinned, 326
+    / 342 / 335 / 333, D128, pinned, 611 / 629 / 625 / 618, L 2048 592 / 605 / 603 / 590, L 512 482 / 492 / 479 / 484, causal
+    577 / 590 / 591 / 546, D256 704 / 710 / 700, causal 630 / 644 / 646 / 635; dropout 654 / 686 / 693 / 681 / 680.
     """
+    if keyed and not drops:
+        return 4 if wide <= 64 and steps > 6 and not sloped else 1
     if wide <= 64:
-        if drops or biased or not masked:
-            return 1 if biased and not (drops or bias_first) else 0  # timed in float16: 363 / 380 / 376 / 370 in 0 / 1 / 2 / 4
+        if drops or bias_bytes or not masked:
+            return 1 if bias_bytes and not drops else 0
         return (8 if cut_once else 4) if sloped else 2 if dense else 1  # a window 364 / 368 / - / 372 / 355
     if wide > 128:
-        return 1 if wide <= 192 or bias_first else 2 if biased or (drops and not sloped) else 0
-    if not (masked or drops or biased):
+        return 1 if wide <= 192 or (bias_bytes == 2 and not drops) else 2 if bias_bytes or (drops and not sloped) else 0
+    if not (masked or drops or bias_bytes):
         return 2 if steps <= 4 else 4 if group == 1 else 1
     if not sloped:
         return 0 if drops else 1
     if not (cut_once or drops):
         return 0
-    return 4 if group == 1 and steps > 3 and not (drops or biased) else 1
+    return 4 if group == 1 and steps > 3 and not (drops or bias_bytes) else 1
 
 
 def _most_row_tiles(
-    resident: int, key_len: int, seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool, bias_first: bool
+    resident: int, key_len: int, seen: float, steps: float, wide: int, sloped: bool, tiled: bool, drops: bool
 ) -> int:  # fmt: skip
     """How many row tiles a program takes at most: all that one SM gets, as a rule, so that what lies between two of them is hidden.
 
     D64 at L 2048: 522 to 483 TFLOP/s, causal 434 to 349; D256 762 to 737, causal 631 to 556; a dense mask, D128 603, two at a
     time 592, D256 644 and one 635. Not so where a static share is uneven (D64 causal, L 16384: 429, two at a time 511, one
     544), and beside dropout (D64 359 to 400). Nor of two: B2 H16 L1024 D128 34.4 us, single ones 33.7, B1 H16 L2048 59.6 and
-    57.8, causal, D64, B2 H16 L1024 21.6 and 19.7; but causal, D128, 20.3 and 23.0. Accumulators that start with a bias: single
-    ones 413 and several 412 TFLOP/s (D64), which spill 4 bytes.
+    57.8, causal, D64, B2 H16 L1024 21.6 and 19.7; but causal, D128, 20.3 and 23.0.
     """
-    if bias_first and wide <= 64 and steps > 6:
-        return 1
     if (sloped and seen > 4096) or (resident == 2 and key_len >= 1024 and wide <= (64 if sloped else 128)):
         return 1
     if not (sloped or tiled) and drops and steps > 6 and wide != 128:

@@ -83,10 +83,11 @@ def test_the_suites_cases_interpreted(name):
 
 
 @needs_mosaic
-def test_a_bias_beside_a_slope_where_warpgroups_begin_apart_interpreted():
-    """Tiles of the bias are given back by every warpgroup: whoever passed by one, as without a bias, would wait for ever."""
-    bias = np.random.default_rng(2).standard_normal((1, 1, 256, 256)).astype(np.float32)
-    problem = make(256, 256, B=1, Hq=1, E=128, bias=bias, keep=band(256, 256, -1, 0, 0)).rounded("bfloat16")
+@pytest.mark.parametrize(("rows", "columns", "E"), [(256, 256, 128), (1, 256, 128), (256, 1, 128), (1, 256, 192), (256, 1, 192)])
+def test_a_bias_beside_a_slope_where_warpgroups_begin_apart_interpreted(rows, columns, E):
+    """What TMA brings of the bias is given back by every warpgroup: whoever passed by it, as without one, would wait for ever."""
+    bias = np.random.default_rng(2).standard_normal((1, 1, rows, columns)).astype(np.float32)
+    problem = make(256, 256, B=1, Hq=1, E=E, bias=bias, keep=band(256, 256, -1, 0, 0)).rounded("bfloat16")
     check(problem, interpreted(problem, causal(), gradients=True))
 
 
@@ -153,10 +154,10 @@ def test_a_bool_mask_of_whole_pieces(shape, E):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("E", [64, 128, 256])
-@pytest.mark.parametrize("shape", [(2, 4, 256, 256), (1, 1, 512, 512), (1, 4, 1, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 256, 256), (1, 1, 512, 512), (1, 4, 1, 512), (2, 1, 512, 1)], ids=str)
 def test_a_bias_beside_a_slope(shape, E):
     bias = np.random.default_rng(E).standard_normal(shape).astype(np.float32)
-    L = shape[3]
+    L = max(shape)
     problem = make(L, L, B=2, Hq=4, Hk=2, E=E, bias=bias, keep=band(L, L, -1, 0, 0)).rounded("bfloat16")
     check(problem, on_jax(problem, FLASH, mask=causal()))
 
@@ -403,7 +404,7 @@ def assert_huge_biases_are_numbers(name, E, run):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("E", [16, 32])  # a scale that is a power of 2: products are added to the bias; and one that is not
+@pytest.mark.parametrize("E", [16, 32])  # a scale that is a power of 2, and one that is not
 @pytest.mark.parametrize("name", HUGE)
 def test_huge_biases_are_numbers(name, E):
     assert_huge_biases_are_numbers(name, E, interpreted)
@@ -414,6 +415,37 @@ def test_huge_biases_are_numbers(name, E):
 @pytest.mark.parametrize("name", HUGE)
 def test_huge_biases_are_numbers_on_a_gpu(name, E):
     assert_huge_biases_are_numbers(name, E, lambda problem: on_jax(problem, FLASH))
+
+
+def assert_large_biases_cost_no_digits(dtype, of, size, S, E, run):
+    """Rows all of whose keys have a bias of about `size`, at which float32 numbers are up to 0.06 apart: an error of at most twice
+    that of float32 softmax with halves of p, scores made first and the bias added to them."""
+    bias = (size + np.random.default_rng(3).standard_normal((1, 1, 64, S))).astype(of)
+    problem = make(64, S, B=1, Hq=1, E=E, scale=2.0**-4 if dtype == "bfloat16" else 1.0, bias=bias).rounded(dtype)
+    q, k, v, bias = (getattr(problem, name).astype(np.float32) for name in ("query", "key", "value", "bias"))
+    scores = (q @ k.swapaxes(-1, -2)) * np.float32(problem.scale) + bias
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    honest = (p.astype(dtype).astype(np.float32) @ v / p.sum(-1, keepdims=True)).astype(dtype)
+    exact = solve(problem)["out"]
+    error = lambda found: np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)  # noqa: E731
+    assert error(run(problem)["out"]) <= 2 * error(honest)
+
+
+LARGE = [(dtype, of, size) for dtype in ("bfloat16", "float16") for of in ("float32", dtype) for size in (-1e3, 1.5e4, -65504.0, 5e5)
+         if of != "float16" or abs(size) <= 65504]  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("dtype", "of", "size"), [case for case in LARGE if abs(case[2]) > 2e4])
+def test_large_biases_cost_no_digits(dtype, of, size):
+    assert_large_biases_cost_no_digits(dtype, of, size, 272, 16, interpreted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("E", [16, 64, 128, 256])
+@pytest.mark.parametrize(("dtype", "of", "size"), LARGE)
+def test_large_biases_cost_no_digits_on_a_gpu(dtype, of, size, E):
+    assert_large_biases_cost_no_digits(dtype, of, size, 2048, E, lambda problem: on_jax(problem, FLASH))
 
 
 @pytest.mark.gpu
@@ -449,11 +481,14 @@ def test_every_configuration_fits_the_shared_memory():
                 (512, 512, 0, False), (512, 2048, 0, True), (512, 8192, 2, False), (512, 512, 4, True), (512, 64, 4, True),
                 (8, 128, 4, True), (512, 128, 0, False), (512, 256, 0, True), (8, 1024, 4, False),
             ]:  # fmt: skip
-                config = tuning.forward_config(
-                    heads=heads, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, sloped=masked, bias_bytes=bias_bytes
-                )  # fmt: skip
-                assert tuning.shared_bytes(config, E, Ev, bias_bytes) <= tuning.SHARED_MEMORY, (E, Ev, L, bias_bytes)
-                assert not config.alone or config.stages == config.bias_stages == -(-L // config.block_k)
+                for keyed in (False, True) if not bias_bytes else (False,):
+                    config = tuning.forward_config(
+                        heads=heads, query_len=L, key_len=L, head_dim=E, value_head_dim=Ev, masked=masked, sloped=masked,
+                        bias_bytes=bias_bytes, keyed=keyed,
+                    )  # fmt: skip
+                    needs = tuning.shared_bytes(config, E, Ev, bias_bytes, keyed)
+                    assert needs <= tuning.SHARED_MEMORY, (E, Ev, L, bias_bytes, keyed)
+                    assert not config.alone or config.stages == config.bias_stages == -(-L // config.block_k)
 
 
 @needs_mosaic

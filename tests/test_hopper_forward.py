@@ -197,20 +197,28 @@ CASES = {
     "bias, several row tiles, causal": lambda: (
         make(264, 136, B=2, Hq=2, E=64, bias=biased(2, 2, 264, 144)[..., :136], keep=band(264, 136, -1, 0)), {"mask": causal(), "config": SEVERAL}
     ),
-    "bias, float16, products added to it: scale 1": lambda: (
-        make(72, 264, B=2, Hq=2, E=64, scale=1.0, bias=biased(2, 2, 72, 264)), {"dtype": jnp.float16}
-    ),
-    "bias added to products: float16": lambda: (
+    "bias, float16, several row tiles": lambda: (
         make(200, 272, B=1, Hq=2, E=64, bias=biased(1, 2, 200, 272, dtype=jnp.float16)), {"dtype": jnp.float16, "config": SEVERAL}
     ),
-    "bias added to products: E 96, sums in chains": lambda: (
+    "bias, E 96, sums in chains": lambda: (
         make(72, 264, B=1, Hq=2, E=96, bias=biased(1, 2, 72, 264)), {"config": ForwardConfig(chains=2, bias_stages=1)}
     ),
-    "bias, products added to it, queries in registers, sinks": lambda: (
+    "bias, queries in registers, sinks": lambda: (
         make(200, 272, B=1, Hq=1, E=128, scale=0.125, sinks=sinks(0.5), bias=biased(1, 1, 200, 272, dtype=jnp.bfloat16)),
         {"config": ForwardConfig(q_registers=True)},
     ),
     "bias of keys": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 1, 200)), {}),
+    "bias of keys, bfloat16, lengths, several row tiles, pinned": lambda: (
+        make(392, 264, B=2, Hq=1, E=64, bias=biased(2, 1, 1, 264, dtype=jnp.bfloat16), keep=lengths(392, 264, [70, 0])),
+        {"mask": KeyLengths(jnp.array([70, 0])), "config": PINNED},
+    ),
+    "bias of keys, a causal offset that leaves first tiles to one warpgroup": lambda: (
+        make(200, 392, B=1, Hq=1, E=64, bias=biased(1, 1, 1, 392), keep=band(200, 392, -1, 0, 130)),
+        {"mask": causal(130), "config": ForwardConfig(block_k=64, bias_stages=1)},
+    ),
+    "bias of keys, nobody loads": lambda: (
+        make(136, 128, B=2, Hq=2, Hk=1, E=64, bias=biased(2, 2, 1, 128)), {"config": NO_LOADER, "layout": "BLHE"}
+    ),
     "bias of queries": lambda: (make(72, 200, B=2, Hq=2, E=64, bias=biased(1, 2, 72, 1)), {}),
     "bias, one number, and a dense mask": lambda: (
         masked_by(72, 200, keep := dense(2, 1, 72, 200), bias=np.float32([[[[-3e38]]]])), {"keep": keep}
