@@ -87,9 +87,10 @@ GPU_CASES = (
                     "bias16 (B,H,L,S)", "bias32 (1,H,L,S)", "bias16 (B,1,1,S)", "dropout")),
     *(_gpu(f"B4 H{H} L4096 D{D} causal {extra}", (4, H, 4096, D), True, extra=extra) for D, H in ((128, 16), (64, 32), (256, 8))
       for extra in ("", "dropout")),
+    _gpu("BERT: B32 H12 L512 D64 bias16 (B,1,1,S)", (32, 12, 512, 64), extra="bias16 (B,1,1,S)"),
     _gpu("B4 H16 L4096 D128 segments", (4, 16, 4096, 128), extra="segments"),
     _gpu("B1 H16 L16384 D128 window 1024", (1, 16, 16384, 128), extra="window"),
     _gpu("64 sequences, 100 to 8000, H16 D128 causal packed", (1, 16, 259200, 128), True, extra="packed"),
 )  # fmt: skip
-"""Square training shapes at four head dims, heads of two models, torch's two docstring examples, grids that do not fill
+"""Square training shapes at four head dims, heads of three models, torch's two docstring examples, grids that do not fill
 the chip, and every kind of mask."""

@@ -197,6 +197,9 @@ with assume_device("cuda:sm90"):
     [
         ("B4 H32 L4096 D64 bool (B,1,L,S)", 0),
         ("B4 H32 L4096 D64 bias32 (1,H,L,S)", 0),
+        ("B4 H32 L4096 D64 bias16 (B,1,1,S)", 0),
+        ("B4 H16 L4096 D128 bias16 (B,1,1,S)", 0),
+        ("BERT: B32 H12 L512 D64 bias16 (B,1,1,S)", 0),
         ("B4 H16 L4096 D128 bool (B,1,L,S)", 0),
         ("B4 H16 L4096 D128 bool (B,1,1,S)", 0),
         ("B4 H16 L4096 D128 bias16 (B,H,L,S)", 0),

@@ -83,7 +83,7 @@ def test_the_suites_cases_interpreted(name):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("rows", "columns", "E"), [(256, 256, 128), (1, 256, 128), (256, 1, 128), (1, 256, 192), (256, 1, 192)])
+@pytest.mark.parametrize(("rows", "columns", "E"), [(256, 256, 128), (1, 256, 64), (256, 1, 128), (1, 256, 192), (256, 1, 192)])
 def test_a_bias_beside_a_slope_where_warpgroups_begin_apart_interpreted(rows, columns, E):
     """What TMA brings of the bias is given back by every warpgroup: whoever passed by it, as without one, would wait for ever."""
     bias = np.random.default_rng(2).standard_normal((1, 1, rows, columns)).astype(np.float32)
