@@ -93,13 +93,13 @@ class ForwardConfig:
     program, one after another: K and V of the next one are on their way while the last one is finished. together: heads whose
     row tiles take turns, heaviest first. across: these are one head of several batch entries. queries: row tiles whose queries
     are in memory: with 2, the next one's arrive meanwhile as well. q_registers: the queries of the current row tile are in
-    registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias in flight. pinned: a
-    warpgroup waits for the last PV behind all of its softmax (else where the compiler likes it, early). pinned_once: so under a
-    dense mask that cuts no more than one tile of a walk. spread: a mask that is no prefix stands in the loop over key tiles even
-    where only the first one needs it. masks_all: every tile is masked, without a branch. alone: no warpgroup loads, the first
-    one asks for all tiles before it computes, so the ring has as many stages as there are; registers are then what the assembler
-    needs, and several programs share an SM. chains: sums of a row are kept apart (`online_softmax.update`), a tile's in so many
-    chains; 0: they are added up in each tile.
+    registers, which spares shared memory a third of a product's reads. bias_stages: tiles of a bias, or its numbers for a
+    tile's keys, in flight. pinned: a warpgroup waits for the last PV behind all of its softmax (else where the compiler likes
+    it, early). pinned_once: so under a dense mask that cuts no more than one tile of a walk. spread: a mask that is no prefix
+    stands in the loop over key tiles even where only the first one needs it. masks_all: every tile is masked, without a branch.
+    alone: no warpgroup loads, the first one asks for all tiles before it computes, so the ring has as many stages as there are;
+    registers are then what the assembler needs, and several programs share an SM. chains: sums of a row are kept apart
+    (`online_softmax.update`), a tile's in so many chains; 0: they are added up in each tile.
     """
 
     block_q: int = 64

@@ -66,7 +66,7 @@ class GradientRows(Rows):
     ) -> tuple[Any, ...]:
         """(p, and softcap's slope if there is one that is held) of the products s = q @ k.T of step i.
 
-        number: of the step in the ring of bias tiles. top, query_words: make the tiles of what `row_numbers` has of lse, and of
+        number: of the step in the ring of a bias. top, query_words: make the tiles of what `row_numbers` has of lse, and of
         dropout's words, only where they are wanted: registers are short.
         existing: rows from there on are no rows; None where what they give is not looked at. is_first: of a walk.
         """

@@ -178,7 +178,7 @@ class Operands:
         return self.bias is not None and self.bias.kind in ("tile", "column")
 
     def bias_ring(self, config: WalkConfig) -> dict[str, Any]:
-        """The scratch of a ring of bias tiles."""
+        """The scratch of a ring of what TMA brings of a bias."""
         if not self.brings_bias:
             return {}
         assert self.bias is not None
@@ -215,7 +215,7 @@ class Operands:
         )  # fmt: skip
 
     def bring_bias(self, refs: Refs, config: WalkConfig, b: Any, h: Any, row_tile: Any, column_tile: Any, number: Any) -> None:
-        """Ask for a bias tile, the ring's of that number, as soon as there is room."""
+        """Ask for a bias tile, or its numbers for the columns of one, the ring's of that number, as soon as there is room."""
         if not self.brings_bias:
             return
         now = slot(number, config.bias_stages)
@@ -226,7 +226,7 @@ class Operands:
         plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], refs.bias_s.at[now], refs.bias_ready.at[now])
 
     def bias_rings(self, refs: Refs, config: WalkConfig) -> list[tuple[Any, int]]:
-        """The ring of bias tiles, if there is one, as `hopper_program.drain` wants it."""
+        """The ring of a bias, if there is one, as `hopper_program.drain` wants it."""
         return [(refs.bias_free, config.bias_stages)] if self.brings_bias else []
 
     def scale_of(self, shape: ForwardShape, refs: Refs, b: Any) -> Any:

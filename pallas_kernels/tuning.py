@@ -129,6 +129,7 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     keys = config.stages * config.block_k * (E + Ev)
     pins = 4 * config.rows * math.prod(config.sums) if config.pinned or config.pinned_once else 0
     biases = config.bias_stages * config.block_k * (4 if keyed else config.rows * bias_bytes)
+    biases = cdiv(biases, 1024) * 1024  # where the next array begins
     return 2 * (queries + results + keys) + biases + pins
 
 
@@ -203,7 +204,7 @@ def _narrow(
     # a bias, pinned or not: bfloat16 389 and 397 TFLOP/s, causal 353 and 359, float16 374 and 380, float32 336 and 335; of keys 439
     # and 455, causal 402 and 415, but at L 512 342 and 336
     stages = 4 if (sloped and steps <= 32) or steps <= 6 else 2
-    return dataclasses.replace(THREE, stages=stages, pinned=not (biased or (keyed and (sloped or steps > 6))))
+    return dataclasses.replace(THREE, stages=stages, pinned=not (biased or (keyed and not drops and (sloped or steps > 6))))
 
 
 def _middle(
