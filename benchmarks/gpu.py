@@ -54,13 +54,9 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
     elif case.extra.startswith("bool causal"):
         more = jnp.tril(jnp.ones((1, 1, case.query_len, S), bool))
     elif case.extra.startswith("bool"):
-        rows = case.query_len if case.extra.endswith("L,S)") else 1
-        more = jax.random.bernoulli(keys[3], 0.7, (case.batch, 1, rows, S))
+        more = jax.random.bernoulli(keys[3], 0.7, mask_shape(case))
     elif case.extra.startswith("bias"):
-        kind, _, dims = case.extra.partition(" ")
-        sizes = {"B": case.batch, "H": case.q_heads, "L": case.query_len, "S": S, "1": 1}
-        shape = tuple(sizes[dim] for dim in dims.strip("()").split(","))
-        more = jax.random.normal(keys[3], shape, case.dtype if kind == "bias16" else "float32")
+        more = jax.random.normal(keys[3], mask_shape(case), case.dtype if case.extra.startswith("bias16") else "float32")
     elif case.extra == "lengths":
         more = KeyLengths(jnp.full((case.batch,), S - S // 8, jnp.int32))
     elif case.extra == "segments":
@@ -68,6 +64,12 @@ def operands(case: Case) -> tuple[list[jax.Array], Any]:
     elif case.extra == "packed":
         more = Packed(jnp.asarray(np.r_[0, PACKED.cumsum()], jnp.int32), right=0)
     return arrays, more
+
+
+def mask_shape(case: Case) -> tuple[int, ...]:
+    """What stands in brackets behind the name of a mask or a bias: '(B,1,L,S)'."""
+    sizes = {"B": case.batch, "H": case.q_heads, "L": case.query_len, "S": case.key_len, "1": 1}
+    return tuple(sizes[dim] for dim in case.extra[case.extra.index("(") + 1 : -1].split(","))
 
 
 def mask_of(case: Case, more: Any) -> Any:

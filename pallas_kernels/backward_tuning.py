@@ -22,6 +22,7 @@ from typing import Any
 
 from pallas_kernels import tuning
 from pallas_kernels.contracts import BackwardConfig, WalkConfig
+from pallas_kernels.tuning import whole
 from pallas_kernels.visits import cdiv
 
 
@@ -226,11 +227,6 @@ def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig | None:
     """The configuration, with less where it needs more shared memory than there is; None where roles do not fit at all."""
     found = tuning.fitted(config, LESS_IN_ROLES if config.roles else LESS, lambda config: shared_bytes(kernel, config, **facts))
     return None if config.roles and shared_bytes(kernel, found, **facts) > tuning.SHARED_MEMORY else found
-
-
-def whole(size: int) -> int:
-    """Mosaic begins each array in shared memory at a multiple of 1024 bytes."""
-    return cdiv(size, 1024) * 1024
 
 
 def shared_bytes(

@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import visits
+from pallas_kernels import hopper_bias, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_adding import SIDE, add_into
 from pallas_kernels.hopper_backward_products import BackwardWgmma, Spread
@@ -76,12 +76,12 @@ def dkv(
     if fused and (several or operands.bias is not None):
         raise ValueError(f"A fused kernel takes one row tile and no bias, got row_tiles {config.row_tiles}.")
     steps = cdiv(shape.query_len, bq) * cdiv(group, split)
-    check_room(config, steps, q_stages, do_stages, *([config.bias_stages] if operands.brings_bias else []))
     staged = several and E == Ev  # results leave from memory of their own, and the next item's keys come meanwhile
     items = visits.Items(B, H * split, cdiv(shape.key_len, config.rows), config.row_tiles, config.together, config.across)
     products = BackwardWgmma(interpret is not None)
     turned = dataclasses.replace(shape, query_len=shape.key_len, key_len=shape.query_len)
     recipe = operands.recipe(turned, config, products)
+    check_room(config, steps, q_stages, do_stages, *([config.bias_stages] if hopper_bias.is_brought(recipe) else []))
     if fused or E > 64 or recipe.mask is not None:  # else there are registers: D64 L4096, both passes, 7770 us, late 8231
         recipe = recipe.slope_wanted_late()
     # a bias's ring of tiles would have to be passed by as well
@@ -302,7 +302,7 @@ def dkv(
             pl.when(n >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
             bring(copy(q_ref), q_s.at[now], q_ready.at[now], part, came)
             bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
-            operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
+            hopper_bias.bring(recipe, refs, b, h, item.key_tile, t, n)
             pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_free.at[do_now]))
             bring(copy(do_ref), do_s.at[do_now], do_ready.at[do_now], part, came)
             return following
@@ -315,7 +315,7 @@ def dkv(
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
-            drain(config, [(q_free, q_stages), (do_free, do_stages), *operands.bias_rings(refs, config)], done)
+            drain(config, [(q_free, q_stages), (do_free, do_stages), *hopper_bias.drained(recipe, refs)], done)
 
         def load_and_add() -> None:
             """The only item's tiles, do_stages steps ahead of dq, which is added to what other key tiles make of it.
@@ -381,7 +381,7 @@ def dkv(
             "do_s": tile((do_stages, bq), Ev, dtype),
             "numbers_s": smem((q_stages, operands.numbers, bq), jnp.float32),
             **({"sum_s": smem((n_wg, bk), jnp.float32)} if adds_up else {}),
-            **operands.bias_ring(config),
+            **hopper_bias.ring(recipe, operands.bias),
             **operands.came,
             **({"words_s": smem((q_stages, 2, bq), jnp.uint32)} if drops else {}),
             **({

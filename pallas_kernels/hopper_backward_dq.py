@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import visits
+from pallas_kernels import hopper_bias, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows
@@ -58,10 +58,10 @@ def dq(
     v_stages = config.brief_stages
     items = visits.Items(B, Hq, cdiv(shape.query_len, config.rows), config.row_tiles, config.together, config.across)
     several = config.row_tiles > 1  # then results leave from memory of their own
-    check_room(config, cdiv(shape.key_len, bk), stages, v_stages, *([config.bias_stages] if operands.brings_bias else []))
     early = config.early and not stores
     products = BackwardWgmma(interpret is not None)
     recipe = operands.recipe(shape, config, products)
+    check_room(config, cdiv(shape.key_len, bk), stages, v_stages, *([config.bias_stages] if hopper_bias.is_brought(recipe) else []))
     if E > 128 or (bk > 64 and recipe.mask is not None):  # else there are registers: D64 L4096, both passes, 8231 us, late 8845
         recipe = recipe.slope_wanted_late()
     if operands.static is not None and operands.bias is None and not recipe.listed:
@@ -252,7 +252,7 @@ def dq(
                 def copy(operand: Any) -> Any:
                     return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bk, bk, kv_head))
 
-                operands.bring_bias(refs, config, b, h, row_tile, t, number)
+                hopper_bias.bring(recipe, refs, b, h, row_tile, t, number)
                 pl.when(number >= stages)(lambda: plgpu.barrier_wait(k_free.at[now]))
                 bring(copy(k_ref), k_s.at[now], k_ready.at[now], part, came)
                 pl.when(number >= v_stages)(lambda: plgpu.barrier_wait(v_free.at[v_now]))
@@ -264,7 +264,7 @@ def dq(
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
-            drain(config, [(k_free, stages), (v_free, v_stages), *operands.bias_rings(refs, config)], done)
+            drain(config, [(k_free, stages), (v_free, v_stages), *hopper_bias.drained(recipe, refs)], done)
 
         in_roles(config, wg, compute, load_all, interpret)
 
@@ -291,9 +291,9 @@ def dq(
             "v_free": barrier(num_arrivals=n_wg, num_barriers=v_stages),
             **({"out_s": tile((n_wg, bq), E, dtype)} if several else {}),
             **({"sum_s": plgpu.SMEM((n_wg, bq), jnp.float32)} if adds_up else {}),
-            **operands.bias_ring(config),
+            **hopper_bias.ring(recipe, operands.bias),
             **operands.came,
-            **({"ds_s": operands.bias_tile((n_wg, bq), bk)} if stores else {}),
+            **({"ds_s": hopper_bias.tile((n_wg, bq), bk, operands.bias)} if stores else {}),
         },
         interpret=interpret,
     )  # fmt: skip

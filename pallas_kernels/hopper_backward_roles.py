@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import visits
+from pallas_kernels import hopper_bias, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig
 from pallas_kernels.hopper_backward_products import BackwardWgmma
 from pallas_kernels.hopper_gradients import GradientRows, KeyItem
@@ -258,7 +258,7 @@ def dkv_in_roles(
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[now]))  # whose memory it gets
                 bring(copy(q_ref), q_at(n), q_ready.at[now], part, came)
                 bring_numbers(((numbers_ref, numbers_s), (words_ref, words_s)), b, h, t, now, q_ready)
-                operands.bring_bias(refs, config, b, h, item.key_tile, t, n)
+                hopper_bias.bring(recipe, refs, b, h, item.key_tile, t, n)
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_free.at[now]))
                 bring(copy(do_ref), do_at(n), do_ready.at[now], part, came)
                 return following
@@ -268,7 +268,7 @@ def dkv_in_roles(
 
         def load_all() -> None:
             done = lax.fori_loop(zero, count + zero, load, zero) if several else load(0, zero)
-            drain(config, [(q_free, stages), (do_free, stages), *operands.bias_rings(refs, config)], done)
+            drain(config, [(q_free, stages), (do_free, stages), *hopper_bias.drained(recipe, refs)], done)
 
         in_roles(config, wg, compute, load_all, interpret)
 
@@ -288,7 +288,7 @@ def dkv_in_roles(
             "p_s": tile((buffers, handed, bk), bq, dtype if config.half else jnp.float32),
             **({"words_s": plgpu.SMEM((stages, 2, bq), jnp.uint32)} if drops else {}),
             **({"sum_s": plgpu.SMEM((bk,), jnp.float32)} if adds_up else {}),
-            **operands.bias_ring(config),
+            **hopper_bias.ring(recipe, operands.bias),
             **operands.came,
             "kv_ready": barrier(num_barriers=2),
             "q_ready": barrier(num_arrivals=3 if drops else 2, num_barriers=stages),

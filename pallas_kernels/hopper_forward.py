@@ -13,15 +13,13 @@ one of them for all of its items.
 Who waits for what: the ring of K and V (`hopper_keys`) goes round and round over all items, and beside it
 
     q_ready      a warpgroup's own rows have arrived; it asks for the next item's when it starts with one
-    bias_ready   loader -> computers    a tile of a bias as large as the scores, or its numbers for a tile's keys, have arrived
-    bias_free    computers -> loader    every computing warpgroup has read it
+    bias_ready, bias_free    as `hopper_bias` says
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,14 +30,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dense, hopper_packing, online_softmax, visits
+from pallas_kernels import dense, hopper_bias, hopper_packing, online_softmax, visits
 from pallas_kernels.contracts import ForwardConfig, ForwardShape, has_ids
 from pallas_kernels.hopper_hidden import hidden_by_numbers, seen_by_any, words
 from pallas_kernels.hopper_keys import Ring
-from pallas_kernels.hopper_memory import rows_of, tile, transforms
+from pallas_kernels.hopper_memory import rows_of, tile
 from pallas_kernels.hopper_products import Wgmma
 from pallas_kernels.hopper_program import check_room, drain, in_roles, launch, slot
-from pallas_kernels.hopper_recipe import Recipe, Refs, shared, survivor_scale, walk_of
+from pallas_kernels.hopper_recipe import Recipe, Refs, survivor_scale, walk_of
 from pallas_kernels.hopper_scores import Rows
 from pallas_kernels.online_softmax import over_columns
 from pallas_kernels.visits import cdiv
@@ -80,8 +78,7 @@ def forward(
     )  # fmt: skip
     if mask is not None and not (config.spread or mask.is_prefix or recipe.listed):
         recipe = dataclasses.replace(recipe, cut_once=visits.cut_once(mask, config.rows, bq, L, S, bk, recipe.leads))
-    bias_kind, brought = recipe.bias_kind, recipe.bias_kind in ("tile", "column")
-    check_room(config, cdiv(S, bk), config.stages, *([config.bias_stages] if brought else []))
+    check_room(config, cdiv(S, bk), config.stages, *([config.bias_stages] if hopper_bias.is_brought(recipe) else []))
     at = functools.partial(rows_of, shape.layout)
 
     def kernel(*operands: Any, q_s: Any, lse_s: Any, q_ready: Any, pin_s: Any = None, out_s: Any = None, bias_s: Any = None,
@@ -101,15 +98,13 @@ def forward(
         )  # fmt: skip
         out_ref, lse_ref = given
         ring = Ring(recipe, **keys)
-        rings = ring.rings
-        if bias_s is not None:
-            rings.append((bias_ready, bias_free, config.bias_stages))
+        rings = [*ring.rings, *hopper_bias.rings(recipe, refs)]
         program, wg = lax.axis_index("program"), lax.axis_index("wg")
         count = items.count(program)
 
         zero = 0 * program  # an int32 that is no constant while tracing: those become int64 under jax_enable_x64, or operands
         # else ptxas knows how many steps a full walk has, and spills: D256, L 512, 597 to 627 TFLOP/s; D64, bias of keys, 24 bytes
-        if several and (E > 128 or (bias_kind == "column" and mask is None and not config.pinned)):
+        if several and (E > 128 or (recipe.bias_kind == "column" and mask is None and not config.pinned)):
             zero = lax.optimization_barrier(zero)
 
         def loop(start: Any, stop: Any, body: Callable[..., Any], state: Any) -> Any:
@@ -211,12 +206,7 @@ def forward(
                     return functools.partial(plgpu.copy_gmem_to_smem, at(operand, b, t * bk, bk, kv_head))
 
                 ring.bring_keys(number, copy(k_ref))
-                if bias_s is not None:
-                    columns = pl.ds(t * bk, bk)
-                    where = (pl.ds(row_tile * config.rows, config.rows), columns) if bias_kind == "tile" else (columns,)
-                    now = slot(number, config.bias_stages)
-                    pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(bias_free.at[now]))
-                    plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], bias_s.at[now], bias_ready.at[now])
+                hopper_bias.bring(recipe, refs, b, h, row_tile, t, number)
                 ring.bring_values(number, copy(v_ref), t, seen)
 
             loop(0, walk.steps, step, None)
@@ -233,12 +223,6 @@ def forward(
     lse_len = cdiv(L, bq) * bq  # whole tiles are stored
     smem, barrier = plgpu.SMEM, plgpu.Barrier
     q_slots = config.queries * n_wg
-    if bias is not None and bias_kind == "tile":
-        bias_s = smem(
-            (config.bias_stages, config.rows, bk), bias.dtype, transforms=transforms(math.gcd(bk, bias.shape[3]), bias.dtype)
-        )
-    else:
-        bias_s = smem((config.bias_stages, bk), jnp.float32)
     call = launch(
         kernel,
         config,
@@ -252,11 +236,7 @@ def forward(
             **({"pin_s": smem((n_wg, bq, *config.sums), jnp.float32)} if config.pinned or config.pinned_once else {}),
             "q_ready": barrier(num_barriers=q_slots),
             **Ring.barriers(config, hides=hides or told),
-            **({
-                "bias_s": bias_s,
-                "bias_ready": barrier(num_barriers=config.bias_stages),
-                "bias_free": barrier(num_arrivals=n_wg, num_barriers=config.bias_stages),
-            } if brought else {}),
+            **hopper_bias.ring(recipe, bias),
         },
         interpret=interpret,
     )  # fmt: skip

@@ -7,7 +7,6 @@ queries (dk, dv). It knows which arrays there are, in which order a kernel gets 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dense, hopper_packing, visits
 from pallas_kernels.contracts import ForwardShape, WalkConfig, cuts_few, has_ids
 from pallas_kernels.hopper_hidden import hidden_by_numbers, words
-from pallas_kernels.hopper_memory import transforms
 from pallas_kernels.hopper_products import Wgmma
-from pallas_kernels.hopper_program import slot
-from pallas_kernels.hopper_recipe import Recipe, Refs, scale_at, shared, survivor_scale
+from pallas_kernels.hopper_recipe import Recipe, Refs, scale_at, survivor_scale
 from pallas_kernels.online_softmax import LOG2E
 from pallas_kernels.visits import cdiv
 
@@ -172,40 +169,13 @@ class Operands:
         """Of a row: see `row_numbers`."""
         return 2 if self.bias is None else 3
 
-    @property
-    def brings_bias(self) -> bool:
-        """Whether tiles of a bias, or its numbers for the columns of one, come by TMA."""
-        return self.bias is not None and self.bias.kind in ("tile", "column")
-
-    def bias_ring(self, config: WalkConfig) -> dict[str, Any]:
-        """The scratch of a ring of what TMA brings of a bias."""
-        if not self.brings_bias:
-            return {}
-        assert self.bias is not None
-        rows, columns = (config.block_k, config.rows) if self.bias.crossed else (config.rows, config.block_k)
-        if self.bias.kind == "column":
-            bias_s = plgpu.SMEM((config.bias_stages, columns), jnp.float32)
-        else:
-            bias_s = self.bias_tile((config.bias_stages, rows), columns)
-        return {
-            "bias_s": bias_s,
-            "bias_ready": plgpu.Barrier(num_barriers=config.bias_stages),
-            "bias_free": plgpu.Barrier(num_arrivals=config.rows // config.block_q, num_barriers=config.bias_stages),
-        }
-
-    def bias_tile(self, rows: tuple[int, ...], columns: int) -> Any:
-        """Shared memory for tiles of a bias, or of its gradient."""
-        assert self.bias is not None
-        layout = transforms(math.gcd(columns, self.bias.shape[1]), self.bias.dtype)
-        return plgpu.SMEM((*rows, columns), self.bias.dtype, transforms=layout)
-
     def bias_like(self, lead: tuple[int, int]) -> jax.ShapeDtypeStruct:
         """An array like the bias, with these leading dims."""
         assert self.bias is not None
         return jax.ShapeDtypeStruct((*lead, *self.bias.shape), self.bias.dtype)
 
     def refs(self, refs: list[Any], ring: Any = None) -> Refs:
-        """The operands in a kernel's hands; ring: the scratch of `bias_ring`."""
+        """The operands in a kernel's hands; ring: the scratch of `hopper_bias.ring`."""
         ring = ring or {}
         found = dict(zip(self.names, refs, strict=True))
         masks = [ref for name, ref in zip(self.names, refs, strict=True) if name == "mask"]
@@ -213,21 +183,6 @@ class Operands:
             masks, found.get("table"), found.get("keep"), found.get("bias"), None, found.get("seeds"), found.get("scale"),
             ring.get("bias_s"), ring.get("bias_ready"), ring.get("bias_free"), found.get("seen"), found.get("own_seen"),
         )  # fmt: skip
-
-    def bring_bias(self, refs: Refs, config: WalkConfig, b: Any, h: Any, row_tile: Any, column_tile: Any, number: Any) -> None:
-        """Ask for a bias tile, or its numbers for the columns of one, the ring's of that number, as soon as there is room."""
-        if not self.brings_bias:
-            return
-        now = slot(number, config.bias_stages)
-        pl.when(number >= config.bias_stages)(lambda: plgpu.barrier_wait(refs.bias_free.at[now]))
-        rows, columns = pl.ds(row_tile * config.rows, config.rows), pl.ds(column_tile * config.block_k, config.block_k)
-        assert self.bias is not None
-        where = (columns,) if self.bias.kind == "column" else (columns, rows) if self.bias.crossed else (rows, columns)
-        plgpu.copy_gmem_to_smem(refs.bias.at[(*shared(refs.bias, b, h), *where)], refs.bias_s.at[now], refs.bias_ready.at[now])
-
-    def bias_rings(self, refs: Refs, config: WalkConfig) -> list[tuple[Any, int]]:
-        """The ring of a bias, if there is one, as `hopper_program.drain` wants it."""
-        return [(refs.bias_free, config.bias_stages)] if self.brings_bias else []
 
     def scale_of(self, shape: ForwardShape, refs: Refs, b: Any) -> Any:
         """What dq and dk are still to be multiplied by: the scale, and dropout's factor of survivors."""

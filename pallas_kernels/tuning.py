@@ -121,6 +121,11 @@ LESS: tuple[dict[str, Any], ...] = (
 are faster than 64 keys with two (402 to 372 TFLOP/s)."""
 
 
+def whole(size: int) -> int:
+    """Mosaic begins each array in shared memory at a multiple of 1024 bytes."""
+    return cdiv(size, 1024) * 1024
+
+
 def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias_bytes: int, keyed: bool = False) -> int:
     """Of a program's queries, keys, values, results, bias tiles and pins; head dims as the kernel pads them."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
@@ -129,8 +134,7 @@ def shared_bytes(config: ForwardConfig, head_dim: int, value_head_dim: int, bias
     keys = config.stages * config.block_k * (E + Ev)
     pins = 4 * config.rows * math.prod(config.sums) if config.pinned or config.pinned_once else 0
     biases = config.bias_stages * config.block_k * (4 if keyed else config.rows * bias_bytes)
-    biases = cdiv(biases, 1024) * 1024  # where the next array begins
-    return 2 * (queries + results + keys) + biases + pins
+    return 2 * (queries + results + keys) + whole(biases) + pins
 
 
 def _short_rows(heads: int, query_len: int, key_len: int, wide: int, sloped: bool, plain: bool) -> ForwardConfig | None:

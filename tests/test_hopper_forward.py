@@ -197,6 +197,9 @@ CASES = {
     "bias, several row tiles, causal": lambda: (
         make(264, 136, B=2, Hq=2, E=64, bias=biased(2, 2, 264, 144)[..., :136], keep=band(264, 136, -1, 0)), {"mask": causal(), "config": SEVERAL}
     ),
+    "bias, float16, scale 1": lambda: (
+        make(72, 264, B=2, Hq=2, E=64, scale=1.0, bias=biased(2, 2, 72, 264)), {"dtype": jnp.float16}
+    ),
     "bias, float16, several row tiles": lambda: (
         make(200, 272, B=1, Hq=2, E=64, bias=biased(1, 2, 200, 272, dtype=jnp.float16)), {"dtype": jnp.float16, "config": SEVERAL}
     ),
