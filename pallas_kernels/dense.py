@@ -130,16 +130,20 @@ def listed(words: jax.Array, mask: Any, rows: int, L: int, S: int, block_k: int)
     row_tiles, key_tiles = visits.cdiv(L, rows), visits.cdiv(S, block_k)
     some, every = summary(words, L, row_tiles, key_tiles, block_k)
     found = visits.table(mask, rows, L, S, block_k)[:, None]  # (B|1, 1, row tiles, 4)
+    if mask is None:  # the same for every row tile: sorted once, where the dense mask is, too
+        found = found[:, :, :1]
     first, full_first, full_last, last = (found[..., n, None] for n in range(4))
     at = jnp.arange(key_tiles, dtype=jnp.int32)
-    visited = some & (at >= first) & (at < last)  # (B|1, Hq|1, row tiles, key tiles)
+    visited = some & (at >= first) & (at < last)  # (B|1, Hq|1, row tiles|1, key tiles)
     full = every & (at >= full_first) & (at < full_last)
-    rank = jnp.where(full, key_tiles, 0) + key_tiles - 1 - at
-    order = jnp.argsort(jnp.where(visited, rank, 2 * key_tiles), axis=-1, stable=True).astype(jnp.int32)
-    count = jnp.maximum(visited.sum(-1, keepdims=True, dtype=jnp.int32), 1)
-    partial = jnp.take_along_axis(~full | ~visited, order, axis=-1).astype(jnp.int32)
-    once = (visited & ~full).sum(-1, keepdims=True).max() <= 1
-    return jnp.concatenate([count, order * 2 + partial, jnp.broadcast_to(once.astype(jnp.int32), count.shape)], axis=-1)
+    # one number for a tile's class and, in it, its place from behind: sorted alone, it says both again
+    rank = jnp.where(visited, jnp.where(full, key_tiles, 0), 2 * key_tiles) + key_tiles - 1 - at
+    rank = lax.sort(rank, is_stable=False)
+    whole = (rank >= key_tiles) & (rank < 2 * key_tiles)  # a row that sees nothing visits a tile that is not
+    entries = 2 * (key_tiles - 1 - rank % key_tiles) + jnp.where(whole, 0, 1)
+    count = jnp.maximum((rank < 2 * key_tiles).sum(-1, keepdims=True, dtype=jnp.int32), 1)
+    once = (rank[..., 1:2] >= key_tiles).all()
+    return jnp.concatenate([count, entries, jnp.broadcast_to(once.astype(jnp.int32), count.shape)], axis=-1)
 
 
 def unpack(words: Sequence[Any], block_k: int) -> Any:
