@@ -30,12 +30,14 @@ def backward_config(
     *, heads: int, group: int, query_len: int, key_len: int, head_dim: int, value_head_dim: int, masked: bool = False,
     dense: bool = False, tiled: bool = False, sloped: bool = False, cut_once: bool = False, seen: float | None = None,
     prefix: bool = False, drops: bool = False, biased: bool = False, bias_bytes: int = 0, readers: tuple[int, bool] = (1, False),
-    capped: bool = False, deterministic: bool = True,
+    capped: bool = False, summed: bool = False, deterministic: bool = True,
 ) -> BackwardConfig:  # fmt: skip
     """The configuration for `heads` = B * Hq query heads, `group` of them to a key/value head, of these lengths and head dims.
 
     masked, dense, tiled, sloped, cut_once, seen, drops, bias_bytes, readers: as `tuning.forward_config`'s, cut_once of walks of
     queries too; prefix: every query keeps the same first keys; biased: there is a bias of any size. capped: there is a softcap.
+    summed: ds is summed over the queries, the gradient of a bias of keys; p in half precision would take digits from it that dk,
+    whose ds is rounded anyway, does not have (D128 causal, 256 keys: 3.7 times the error of float32 p, which has the honest one's).
     deterministic: the same bits each time, so not the fused kernel.
 
     >>> backward_config(heads=16, group=1, query_len=4096, key_len=4096, head_dim=256, value_head_dim=256).dkv.roles
@@ -47,16 +49,16 @@ def backward_config(
     if wide <= 64:
         many = heads // group * cdiv(key_len, 128) > tuning.SMS // 2  # B1 H8 L1024 35.8 us, fused 38.7; B1 H16 52.8, 45.8
         fuses = may_fuse and head_dim > 48 and min(query_len, seen) >= 1024 and many
-        own = _narrow(fuses, seen, masked, cut_once, prefix, drops, biased, bias_bytes > 0, capped)
+        own = _narrow(fuses, seen, masked, cut_once, prefix, drops, biased, bias_bytes > 0, capped, summed)
     elif wide <= 128:
         # sloped: from L 8192 on (7424, to be exact), where 32 heads on 8 have 602 for the pair's 535; L 4096 550 for 553; capped:
         # from causal L 2048 on
         least = 1024 if capped else 3584 if sloped else 2048
         fuses = may_fuse and not drops and head_dim > 112 and min(query_len, seen) >= least
         split = _shared_out(WalkConfig(), heads // group, key_len, group).split
-        own = _middle(fuses, seen, split, group, masked, dense, tiled, sloped, cut_once, drops, capped)
+        own = _middle(fuses, seen, split, group, masked, dense, tiled, sloped, cut_once, drops, capped, summed)
     else:
-        own = _wide(wide)
+        own = _wide(wide, masked and not sloped, capped, summed)
     own = {name: one if name == "dq" else one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()}
     own = _short_rows(own, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
     for name, one in own.items():
@@ -71,7 +73,10 @@ def backward_config(
         short = SHORT if name == "dq" or wide <= 64 else SHORT // 2
         if seen <= 512 or (sloped and seen <= short and items >= MANY):
             own[name] = dataclasses.replace(one, row_tiles=cdiv(items, tuning.SMS))
-    dims = {"head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "biased": biased, "bias_bytes": bias_bytes}
+    dims = {
+        "head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "capped": capped, "biased": biased,
+        "bias_bytes": bias_bytes,
+    }  # fmt: skip
     found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
     for name, one in found.items():
         if one is None:
@@ -89,7 +94,8 @@ Kernels = dict[str, WalkConfig | None]
 
 
 def _narrow(
-    fuses: bool, seen: float, masked: bool, cut_once: bool, prefix: bool, drops: bool, biased: bool, tiled_bias: bool, capped: bool
+    fuses: bool, seen: float, masked: bool, cut_once: bool, prefix: bool, drops: bool, biased: bool, tiled_bias: bool, capped: bool,
+    summed: bool,
 ) -> Kernels:  # fmt: skip
     """D64. Beside the words of dropout and a mask 128 keys spill, and 128 queries serialise the products (C7512)."""
     dv = WalkConfig() if masked and drops else WalkConfig(block_k=128)
@@ -99,7 +105,7 @@ def _narrow(
     dq = dataclasses.replace(dv, early=early)
     # causal, L 16384: 128 queries a tile 3870 us, 64 and float32 p 4417; without a mask 7354 and 7148. Beside a softcap 128 spill:
     # both passes, causal, L 4096, 4297 and 4585 us, but fused 3422; a window of 1000 at L 2048 2659 and 2478
-    dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not (drops or capped) else WalkConfig()
+    dkv = WalkConfig(block_k=128, half=True, masks_all=True) if masked and not (drops or capped or summed) else WalkConfig()
     if tiled_bias:
         dkv = dataclasses.replace(dkv, registers=ROOM)
     # L 16384: 10380 us, p in half precision 12101, 128 queries and half 13576
@@ -108,7 +114,7 @@ def _narrow(
 
 def _middle(
     fuses: bool, seen: float, split: int, group: int, masked: bool, dense: bool, tiled: bool, sloped: bool, cut_once: bool,
-    drops: bool, capped: bool,
+    drops: bool, capped: bool, summed: bool,
 ) -> Kernels:  # fmt: skip
     """D128. split: of how many programs each makes the gradients of a share of a group's heads.
 
@@ -123,6 +129,7 @@ def _middle(
     often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < split < group
     # beside a softcap p in float32, of which the slope is made
     half = (often and not capped) or (not masked and not drops and seen <= 512)
+    half = half and not summed
     # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
     dkv = WalkConfig(half=half, masks_all=sloped and not half and (split < group or (capped and not cut_once)))
     # dropout beside a mask spills 4 to 152 bytes else. Both passes, us, before / so: lengths 4092 / 4146, a window of 1000 1435 /
@@ -130,15 +137,25 @@ def _middle(
     # mask, L 512: 20 bytes and p in half precision 682, so 657
     if drops and (seen <= 512 or (masked and not (sloped and cut_once and seen > SHORT // 2))):
         dkv = dataclasses.replace(dkv, plain=True, brief=1 if sloped and cut_once else None)
+    # beside a mask float32 p that is summed spills 116 to 216 bytes. Both passes and the gradient of a bias of keys, us, p in half
+    # precision / in float32 / so: L 4096 causal 2079 / 2161 / 2093, lengths 3606 / 3867 / 3628; L 512 causal 466 / 464 / 474
+    if summed and masked and not drops and seen > 512:
+        dkv = dataclasses.replace(dkv, plain=True, brief=1)
     # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596. Where a branch decides on a mask as
     # large as the scores 4 bytes are spilled: 3481 us of both passes, so 3434; but a causal array, of full tiles, 1882 and 1914
     fused = WalkConfig(**FUSED, masks_all=tiled) if fuses else None
     return {"dq": dq, "dkv": dkv, "dk": dkv, "dv": dkv, "fused": fused}
 
 
-def _wide(wide: int) -> Kernels:
-    """D192 and D256: dk and dv in roles, or, where E != Ev, one after the other."""
-    dkv = WalkConfig(roles=True, plain=True)
+def _wide(wide: int, hidden: bool, capped: bool, summed: bool) -> Kernels:
+    """D192 and D256: dk and dv in roles, or, where E != Ev, one after the other. hidden: there is a mask, and not a sloped one.
+
+    Both passes, us, two tiles of p on their way (in half precision beside dropout or a bias, D256) / one in float32, H200,
+    2026-11-30: D256 L 16384 13880 / 13457, causal 6597 / 6404; L 4096 3265 / 3258, causal 1730 / 1713, dropout 3702 / 3546,
+    bfloat16 bias 4354 / 4212, of keys 3662 / 3539; L 512 566 / 557, dropout 630 / 610; D192 2641 / 2592, causal 1384 / 1366. But
+    lengths 2965 / 2990 (D192 2365 / 2328), a bool mask 3718 / 3728, L 512 645 / 654, D192 3017 / 3041.
+    """
+    dkv = WalkConfig(roles=True, plain=True, buffers=2 if hidden or capped else 1)
     dv = WalkConfig(masks_all=True)
     if wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
@@ -148,7 +165,7 @@ def _wide(wide: int) -> Kernels:
     dq = WalkConfig(masks_all=True, brief=1, early=True)
     # in roles: L 2048 780 us, p in half precision 832, not plain 878, one after the other 1133; causal, L 16384: 2898, 3223,
     # 3615, 4674
-    dk = WalkConfig(masks_all=True, half=True, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
+    dk = WalkConfig(masks_all=True, half=not summed, brief=1, ahead=0)  # where E != Ev; L 16384: 5461 us, one warpgroup 6835
     return {"dq": dq, "dkv": dkv, "dk": dk, "dv": dv, "fused": None}
 
 
@@ -220,18 +237,20 @@ LESS: tuple[dict[str, Any], ...] = (
 )
 """What a configuration gives up, in this order, until it fits the shared memory."""
 
-LESS_IN_ROLES: tuple[dict[str, Any], ...] = ({"half": True}, {"bias_stages": 1})
+LESS_IN_ROLES: tuple[dict[str, Any], ...] = ({"buffers": 1}, {"bias_stages": 1}, {"half": True})
+"""`buffers` not with a softcap, whose slope may have the second one."""
 
 
 def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig | None:
     """The configuration, with less where it needs more shared memory than there is; None where roles do not fit at all."""
-    found = tuning.fitted(config, LESS_IN_ROLES if config.roles else LESS, lambda config: shared_bytes(kernel, config, **facts))
+    less = LESS_IN_ROLES[1 if facts.get("capped") else 0 :] if config.roles else LESS
+    found = tuning.fitted(config, less, lambda config: shared_bytes(kernel, config, **facts))
     return None if config.roles and shared_bytes(kernel, found, **facts) > tuning.SHARED_MEMORY else found
 
 
 def shared_bytes(
-    kernel: str, config: WalkConfig, *, head_dim: int, value_head_dim: int, drops: bool = False, biased: bool = False,
-    bias_bytes: int = 0,
+    kernel: str, config: WalkConfig, *, head_dim: int, value_head_dim: int, drops: bool = False, capped: bool = False,
+    biased: bool = False, bias_bytes: int = 0,
 ) -> int:  # fmt: skip
     """Of a program of 'dq', 'dkv', 'dk', 'dv' or 'fused': its rows, tiles of columns, and what comes with each query."""
     E, Ev = (cdiv(dim, 16) * 16 for dim in (head_dim, value_head_dim))
@@ -243,7 +262,8 @@ def shared_bytes(
         return 2 * (config.rows * (E + Ev) + tiles + results) + ring + stored
     if config.roles:
         tiles = 2 * config.rows * E + 2 * config.stages * config.block_k * E
-        handed = 2 * config.rows * config.block_k * (2 if config.half else 4)
+        handed = 2 if capped else config.buffers  # a small softcap's slope goes with p
+        handed *= config.rows * config.block_k * (2 if config.half else 4)
         words = whole(8 * config.stages * config.block_k) if drops else 0
         numbers = whole((12 if biased else 8) * config.stages * config.block_k) + (whole(4 * config.rows) if biased else 0)
         return 2 * tiles + handed + words + numbers + ring

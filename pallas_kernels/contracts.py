@@ -194,7 +194,7 @@ class WalkConfig(ForwardConfig):
     the gaps. early: dq's steps are in dk's order, the next scores beside this step's product. half: p waits in half precision for
     the next step (dk, dv, early dq). split: programs among which the query heads of a group are divided; each has a dk and
     dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same block_q keys, one makes dv and the other dk
-    (`hopper_backward_roles`).
+    (`hopper_backward_roles`). buffers: tiles of p on their way from one role to the other.
     """
 
     block_k: int = 64
@@ -205,6 +205,7 @@ class WalkConfig(ForwardConfig):
     half: bool = False
     split: int = 1
     roles: bool = False
+    buffers: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

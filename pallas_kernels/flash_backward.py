@@ -62,7 +62,7 @@ def backward(
         config = chosen(
             heads=B * Hq, group=Hq // H, query_len=L, key_len=S, head_dim=E, value_head_dim=Ev, mask=mask, bias=bias,
             keep=keep, drops=drops, capped=softcap is not None, deterministic=deterministic,
-            readers=dense.readers(bias, B, Hq),
+            readers=dense.readers(bias, B, Hq), summed="bias" in wants and dense.is_keyed(bias),
         )  # fmt: skip
     given_mask = mask
     if keep is not None:

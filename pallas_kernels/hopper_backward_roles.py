@@ -15,7 +15,7 @@ Grid, items and walks are those of `hopper_backward_dkv`, with 64 keys an item. 
     q_ready, do_ready     loader -> computers, per stage: the tile has arrived (Q's with its rows' numbers)
     do_free               computers -> loader, per stage: both have read the tile of dO
     q_free                gradient -> loader, per stage: it has read the tile of Q
-    p_ready, p_free       weights -> gradient: p lies in its buffer, one of two (the other may hold softcap's slope); and back
+    p_ready, p_free       weights -> gradient: p lies in its buffer, of two (the other may hold softcap's slope) or one; and back
 
 Tiles of Q and dO exchange their memory from one turn of the ring to the next: dO is read to its end earlier, and the next Q is what
 is wanted first. Only `gradient` says that Q is free: `weights` has read it long before it gives dO back, and is ahead; it could
@@ -54,8 +54,8 @@ def dkv_in_roles(
     """A function (query, key, value, dout, numbers, words, *operands.arrays) -> [dk, dv]; arguments and results, `adds_up` and
     what it makes: as `hopper_backward_dkv.dkv`'s.
 
-    config.block_q keys a program, config.stages tiles of Q and of dO in memory; half: p is handed over in half precision. Keys and
-    values are equally wide.
+    config.block_q keys a program, config.stages tiles of Q and of dO in memory, config.buffers of p; half: p is handed over in half
+    precision. Keys and values are equally wide.
     """
     B, H, E, dtype = shape.batch, shape.kv_heads, shape.head_dim, shape.dtype
     bk, bq, stages, split = config.block_q, config.block_k, config.stages, config.split
@@ -66,7 +66,7 @@ def dkv_in_roles(
     recipe = operands.recipe(turned, config, products).slope_wanted_late()
     at = functools.partial(rows_of, shape.layout)
     handed = 2 if recipe.holds_slope else 1  # p, and softcap's slope where p does not say enough
-    buffers = 2 // handed
+    buffers = max(1, config.buffers // handed)
 
     def kernel(*given: Any, own_s: Any, tiles_s: Any, numbers_s: Any, p_s: Any, kv_ready: Any, q_ready: Any, do_ready: Any,
                q_free: Any, do_free: Any, p_ready: Any, p_free: Any, words_s: Any = None, sum_s: Any = None, came: Any = None,

@@ -48,12 +48,13 @@ def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
 more = {
-    "bool": array(B, 1, L, L, dtype=jnp.bool_), "bias": array(B, H, L, L), "lengths": array(B, dtype=jnp.int32),
-    "packed": array(65, dtype=jnp.int32),
+    "bool": array(B, 1, L, L, dtype=jnp.bool_), "bias": array(B, H, L, L), "causal bias": array(B, H, L, L),
+    "lengths": array(B, dtype=jnp.int32), "packed": array(65, dtype=jnp.int32),
 }.get(kind, array(1))
 
 def call(q, more):
     mask = {"causal": causal(), "causal dropout": causal(), "bool": more, "bias": more}.get(kind)
+    mask = causal() & more if kind == "causal bias" else mask
     mask = KeyLengths(more) if kind == "lengths" else Packed(more, right=0) if kind == "packed" else mask
     drop = dict(dropout_p=0.1, dropout_rng=jax.random.key(0)) if "dropout" in kind else {}
     return jax_sdpa.scaled_dot_product_attention(q, q, q, mask, **drop)
@@ -92,6 +93,8 @@ CLEAN = [
     ((32, 8, 128), 64, "causal"),
     ((32, 8, 128), 128, "full"),
     ((32, 8, 64), 64, "bias"),
+    ((32, 8, 256), 128, "causal bias"),
+    ((16, 16, 512), 128, "causal bias"),
 ]
 
 
@@ -134,6 +137,8 @@ def call(q, k, v, dout, lse, delta, bias):
     if "roles" in kind:
         dq = WalkConfig(masks_all=True, brief=1, early=True, half=True)
         more = dict(drop, config=BackwardConfig(dq, WalkConfig(roles=True, plain=True, half=True), dq, dq))
+    if "summed" in kind:
+        more = dict(bias=bias[:, :, 0, None], row_sum=lse, wants=("key", "value", "bias"))
     more |= dict(softcap=50.0) if "softcap" in kind else {}
     more |= dict(keep=bias) if kind == "bool" else {}
     return flash_backward.backward(q, k, v, dout, lse, delta, layout="BHLE", scale=E**-0.5, mask=mask, **more)
@@ -158,6 +163,8 @@ print("temporaries", program.memory_analysis().temp_size_in_bytes)
         *((E, kind) for E in (64, 128, 256) for kind in ("short", "short, causal")),
         *((E, kind) for E in (128, 256) for kind in ("softcap", "softcap, causal")),
         *((E, "softcap, window") for E in (64, 128)),
+        *((E, "bias of keys, summed, causal") for E in (64, 128, 256)),
+        (128, "bias of keys, summed, lengths"),
         *((E, kind) for E in (64, 128) for kind in ("fused, softcap", "fused, softcap, causal")),
         *((128, kind) for kind in ("short, causal dropout", "window, dropout", "lengths, dropout")),
         *((E, "lengths, dropout") for E in (64, 256)),
@@ -172,6 +179,7 @@ def test_no_serialised_products_backward_and_no_spills(E, kind, tmp_path):
     assert max(spills) == 0, spills
     assert not re.search(r"C751[0-8]", text), re.findall(r".*C75\d\d.*", text)
     per_row = 3 if "bias" in kind else 2 if "dropout" not in kind else 4  # lse and delta, a sum; the words of dropout
+    per_row += 2 if "summed" in kind else 0  # of each key: the bias in float32, and its gradient
     temporaries = int(re.findall(r"temporaries (\d+)", text)[0])
     rows = 32 * 8 * 512 if "short" in kind else 8 * 16384
     sums = 4 * rows * E if "fused" in kind or "shares" in kind else 0  # dq's, float32; dk and dv of each of two shares

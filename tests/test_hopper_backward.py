@@ -41,7 +41,7 @@ DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
 IN_ROLES = WalkConfig(roles=True, plain=True, half=True)
 ROLES = dataclasses.replace(WIDER, dkv=IN_ROLES, dq=WalkConfig(early=True, brief=1, half=True))
 ROLES_WIDE = dataclasses.replace(WIDER, dkv=WalkConfig(roles=True, stages=3, split=2))
-ROLES_SEVERAL = dataclasses.replace(WIDER, dkv=dataclasses.replace(IN_ROLES, row_tiles=3))
+ROLES_SEVERAL = dataclasses.replace(WIDER, dkv=dataclasses.replace(IN_ROLES, row_tiles=3, buffers=1))
 
 
 TUNED = "tuned"
