@@ -193,8 +193,8 @@ def dkv(
 
             def gradient(rows: Any, now: Any, state: Any, dp: Any, *sums: Any) -> tuple[Any, ...]:
                 ds = rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA]))
-                ds = rows.before_softcap(state, ds, lambda: column(numbers_s.at[now, LSE]))
-                return ds, *(total + ds.sum(axis=1) for total in sums)
+                sums = tuple(total + ds.sum(axis=1) for total in sums)  # a bias is added to capped scores
+                return rows.before_softcap(state, ds, lambda: column(numbers_s.at[now, LSE])), *sums
 
             def store_sums(r: Any, i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 """The sums, stored and begun anew where a head's last step is done."""

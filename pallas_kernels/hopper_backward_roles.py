@@ -165,8 +165,8 @@ def dkv_in_roles(
                 plgpu.barrier_arrive(p_free.at[buffer])
                 plgpu.barrier_wait(q_ready.at[now])  # its numbers
                 ds = rows.scores_gradient(state, dp, column(numbers_s.at[now, DELTA]))
-                ds = rows.before_softcap(state, ds, lambda: column(numbers_s.at[now, LSE]))
-                return ds, *(total + ds.sum(axis=1) for total in sums)
+                sums = tuple(total + ds.sum(axis=1) for total in sums)  # a bias is added to capped scores
+                return rows.before_softcap(state, ds, lambda: column(numbers_s.at[now, LSE])), *sums
 
             def store_sums(r: Any, i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
                 """The sums, stored and begun anew where a head's last step is done."""

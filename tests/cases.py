@@ -71,6 +71,11 @@ def _key_lengths(L: int, S: int, stops: Any, starts: Any = None, face: str = "to
     return problem, KeyLengths(jnp.asarray(stops), None if starts is None else jnp.asarray(starts)), {"face": face}
 
 
+def _capped(*of_bias: int) -> Case:
+    """A bias is added to capped scores: its gradient is none of theirs."""
+    return make(131, 260, Hq=4, softcap=0.7, bias=rng.standard_normal(of_bias), dlse=True), None, {"face": "jax"}
+
+
 def _query_lengths() -> Case:
     stops = np.array([0, 3, 9])
     keep = (np.arange(9)[None, :] < stops[:, None])[:, None, :, None] & np.ones((1, 1, 1, 300), bool)
@@ -188,6 +193,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "grouped, bias per query head": lambda: _dense(None, (4, 133, 260), face="jax", Hk=2),
     "Hk 2, Hv 3": lambda: (make(9, 130, Hq=6, Hk=2, Hv=3), None, {}),
     "softcap": lambda: (make(131, 260, softcap=0.7, dlse=True), None, {"face": "jax"}),
+    "softcap, bias (H, 1, S)": lambda: _capped(4, 1, 260),
+    "softcap, bias (L, 1)": lambda: _capped(131, 1),
+    "softcap, bias (L, S)": lambda: _capped(131, 260),
     "sinks": lambda: (make(131, 260, Hq=4, Hk=2, sinks=rng.standard_normal(4) * 3, dlse=True), None, {"face": "jax"}),
     "sinks with empty rows": lambda: (
         make(12, 5, sinks=np.array([1.0, -40.0]), keep=band(12, 5, -1, 0, -7), dlse=True), causal(-7), {"face": "jax"}

@@ -69,7 +69,7 @@ SOME = [
     "plain 1x1", "plain 7x1", "plain 127x129", "lower right, first rows empty", "offset per batch element, also negative and beyond S",
     "key lengths with left padding", "segments out of order, L != S",
     "boundaries, window, L != S, some used", "everything, torch's face", "everything, JAX's face", "bool (B, H, L, 1)", "bool (B, 1, 1, S)", "bias (L, S), -inf rows", "bias (B, H, L, S) and bool (B, 1, 1, S)", "Hk 2, Hv 3",
-    "traced negative scale", "sink of -inf", "bias that drifts, so that the maximum moves in every block",
+    "softcap, bias (H, 1, S)", "softcap, bias (L, 1)", "traced negative scale", "sink of -inf", "bias that drifts, so that the maximum moves in every block",
 ]  # fmt: skip
 
 
@@ -95,15 +95,32 @@ def test_a_bias_beside_a_slope_where_warpgroups_begin_apart_interpreted(rows, co
     check(problem, interpreted(problem, causal(), gradients=True))
 
 
-@needs_mosaic
-@pytest.mark.parametrize(("E", "seed"), [(64, 2), (128, 3), (256, 3)])
-def test_the_gradient_of_a_bias_of_keys_keeps_its_digits_interpreted(E, seed):
-    """ds is summed over the queries in float32; of p that waited in half precision its error is 4 to 5 times the honest one's here,
-    the largest of 16 problems."""
+DIGITS = [(64, None, 2), (128, None, 3), (256, None, 3), (256, 30.0, 3)]
+"""Head dim, softcap, seed."""
+
+
+def bias_of_keys(E, softcap, seed):
+    """(a problem that shows p in half precision, its face)."""
     L, S = 387, 64
     bias = np.random.default_rng(seed).standard_normal((1, 1, 1, S)).astype(np.float32)
-    problem = make(L, S, B=1, Hq=1, E=E, bias=bias, keep=band(L, S, -1, 0, 0)).rounded("bfloat16")
-    check(problem, interpreted(problem, causal(), gradients=True))
+    problem = make(L, S, B=1, Hq=1, E=E, softcap=softcap, bias=bias, keep=band(L, S, -1, 0, 0)).rounded("bfloat16")
+    return problem, "jax" if softcap else "torch"
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("E", "softcap", "seed"), DIGITS)
+def test_the_gradient_of_a_bias_of_keys_keeps_its_digits_interpreted(E, softcap, seed):
+    """ds is summed over the queries in float32; of p that waited in half precision its error is 4 to 5 times the honest one's here,
+    the largest of 24 problems."""
+    problem, face = bias_of_keys(E, softcap, seed)
+    check(problem, interpreted(problem, causal(), face=face, gradients=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("E", "softcap", "seed"), DIGITS)
+def test_the_gradient_of_a_bias_of_keys_keeps_its_digits(E, softcap, seed):
+    problem, face = bias_of_keys(E, softcap, seed)
+    check(problem, on_jax(problem, FLASH, mask=causal(), face=face))
 
 
 @needs_mosaic
