@@ -58,7 +58,7 @@ def backward_config(
         split = _shared_out(WalkConfig(), heads // group, key_len, group).split
         own = _middle(fuses, seen, split, group, masked, dense, tiled, sloped, cut_once, drops, capped, summed)
     else:
-        own = _wide(wide, masked and not sloped, capped, summed)
+        own = _wide(wide, masked and (dense or not sloped), capped, summed)
     own = {name: one if name == "dq" else one and _shared_out(one, heads // group, key_len, group) for name, one in own.items()}
     own = _short_rows(own, heads, group, query_len, key_len, wide, masked or drops or biased, bias_bytes > 0)
     for name, one in own.items():
@@ -77,7 +77,7 @@ def backward_config(
         "head_dim": head_dim, "value_head_dim": value_head_dim, "drops": drops, "capped": capped, "biased": biased,
         "bias_bytes": bias_bytes,
     }  # fmt: skip
-    found = {name: one and fitted(name, one, **dims) for name, one in own.items()}
+    found = {name: one and fitted(name, one, summed=summed, **dims) for name, one in own.items()}
     for name, one in found.items():
         if one is None:
             continue
@@ -138,7 +138,8 @@ def _middle(
     if drops and (seen <= 512 or (masked and not (sloped and cut_once and seen > SHORT // 2))):
         dkv = dataclasses.replace(dkv, plain=True, brief=1 if sloped and cut_once else None)
     # beside a mask float32 p that is summed spills 116 to 216 bytes. Both passes and the gradient of a bias of keys, us, p in half
-    # precision / in float32 / so: L 4096 causal 2079 / 2161 / 2093, lengths 3606 / 3867 / 3628; L 512 causal 466 / 464 / 474
+    # precision / in float32 / so: L 4096 causal 2079 / 2161 / 2093, lengths 3606 / 3867 / 3628; L 512, which spills 4 to 60, 635 /
+    # 628 / 649, causal 466 / 464 / 474, lengths 616 / 613 / 630
     if summed and masked and not drops and seen > 512:
         dkv = dataclasses.replace(dkv, plain=True, brief=1)
     # L 16384: 8237 us, three stages 8703, p in half precision 8980; causal 4346, 4467, 4596. Where a branch decides on a mask as
@@ -147,15 +148,16 @@ def _middle(
     return {"dq": dq, "dkv": dkv, "dk": dkv, "dv": dkv, "fused": fused}
 
 
-def _wide(wide: int, hidden: bool, capped: bool, summed: bool) -> Kernels:
-    """D192 and D256: dk and dv in roles, or, where E != Ev, one after the other. hidden: there is a mask, and not a sloped one.
+def _wide(wide: int, scattered: bool, capped: bool, summed: bool) -> Kernels:
+    """D192 and D256: dk and dv in roles, or, where E != Ev, one after the other. scattered: there is a mask that is no slope.
 
     Both passes, us, two tiles of p on their way (in half precision beside dropout or a bias, D256) / one in float32, H200,
     2026-11-30: D256 L 16384 13880 / 13457, causal 6597 / 6404; L 4096 3265 / 3258, causal 1730 / 1713, dropout 3702 / 3546,
     bfloat16 bias 4354 / 4212, of keys 3662 / 3539; L 512 566 / 557, dropout 630 / 610; D192 2641 / 2592, causal 1384 / 1366. But
-    lengths 2965 / 2990 (D192 2365 / 2328), a bool mask 3718 / 3728, L 512 645 / 654, D192 3017 / 3041.
+    lengths 2965 / 2990 (D192 2365 / 2328), a bool mask 3718 / 3728, L 512 645 / 654, D192 3017 / 3041. One tile beside the
+    gradient of a bias of keys, which spills 12 to 36 bytes there: L 4096 3671 / 3520, causal 1904 / 1880, lengths 3302 / 3224.
     """
-    dkv = WalkConfig(roles=True, plain=True, buffers=2 if hidden or capped else 1)
+    dkv = WalkConfig(roles=True, plain=True, buffers=2 if scattered or capped else 1)
     dv = WalkConfig(masks_all=True)
     if wide <= 192:
         dq = WalkConfig(early=True)  # B4 H8 L4096: 850 us, not early 1088; causal 461, every tile masked 465, not early 604
@@ -238,12 +240,14 @@ LESS: tuple[dict[str, Any], ...] = (
 """What a configuration gives up, in this order, until it fits the shared memory."""
 
 LESS_IN_ROLES: tuple[dict[str, Any], ...] = ({"buffers": 1}, {"bias_stages": 1}, {"half": True})
-"""`buffers` not with a softcap, whose slope may have the second one."""
+"""`buffers` not with a softcap, whose slope may need the second one: where it is small, where p is in half precision, or beside a
+bias (`Recipe.holds_slope`). `half` not where ds is summed: dk and dv are made one after the other then."""
 
 
-def fitted(kernel: str, config: WalkConfig, **facts: Any) -> WalkConfig | None:
+def fitted(kernel: str, config: WalkConfig, *, summed: bool = False, **facts: Any) -> WalkConfig | None:
     """The configuration, with less where it needs more shared memory than there is; None where roles do not fit at all."""
-    less = LESS_IN_ROLES[1 if facts.get("capped") else 0 :] if config.roles else LESS
+    kept = {name for name, holds in (("buffers", facts.get("capped")), ("half", summed)) if holds}
+    less = [change for change in LESS_IN_ROLES if not kept & change.keys()] if config.roles else LESS
     found = tuning.fitted(config, less, lambda config: shared_bytes(kernel, config, **facts))
     return None if config.roles and shared_bytes(kernel, found, **facts) > tuning.SHARED_MEMORY else found
 
@@ -262,7 +266,7 @@ def shared_bytes(
         return 2 * (config.rows * (E + Ev) + tiles + results) + ring + stored
     if config.roles:
         tiles = 2 * config.rows * E + 2 * config.stages * config.block_k * E
-        handed = 2 if capped else config.buffers  # a small softcap's slope goes with p
+        handed = 2 if capped else config.buffers  # the slope may go with p
         handed *= config.rows * config.block_k * (2 if config.half else 4)
         words = whole(8 * config.stages * config.block_k) if drops else 0
         numbers = whole((12 if biased else 8) * config.stages * config.block_k) + (whole(4 * config.rows) if biased else 0)

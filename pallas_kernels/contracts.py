@@ -194,7 +194,8 @@ class WalkConfig(ForwardConfig):
     the gaps. early: dq's steps are in dk's order, the next scores beside this step's product. half: p waits in half precision for
     the next step (dk, dv, early dq). split: programs among which the query heads of a group are divided; each has a dk and
     dv of its own, which XLA adds up (dk, dv). roles: two warpgroups share the same block_q keys, one makes dv and the other dk
-    (`hopper_backward_roles`). buffers: tiles of p on their way from one role to the other.
+    (`hopper_backward_roles`). buffers: tiles of p on their way from one role to the other; where a softcap's
+    slope is held it takes the second one.
     """
 
     block_k: int = 64
@@ -209,6 +210,8 @@ class WalkConfig(ForwardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.buffers not in (1, 2):
+            raise ValueError(f"buffers must be 1 or 2, got {self}.")
         if self.roles and (self.warpgroups != 2 or self.alone):
             raise ValueError(f"roles are two, beside one that loads, so warpgroups must be 2, got {self}.")
 

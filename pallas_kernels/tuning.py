@@ -220,15 +220,15 @@ def _middle(
     Where only the first tile of a walk is masked, both warpgroups come to wait for products, and to take exponentials, at one time
     (NOTES.md, "Two gaits"), unless `pinned`: key lengths 703 to 648, causal L 4096 657 to 563. Without a mask, or with more in the
     loop, they take turns by themselves, and pinned loses: dropout 556 to 576. Walks of two or three tiles are better masked in the
-    loop: causal L 512 388 to 370. All on an H200, 2026-11-24 to 27. But beside a bias they spill there: causal, L 256, bfloat16,
-    62.2 us in branches, 61.8 with every tile masked, 66.0; L 512 79.7, 77.1, 80.6; of keys 43.8, 45.3, 45.0 and 58.7, 59.1, 58.6
-    (2026-11-30).
+    loop: causal L 512 388 to 370. All on an H200, 2026-11-24 to 27. But beside a bias they spill there, us, in the loop / in
+    branches / `masks_all` as well: causal, L 256, bfloat16, 66.0 / 62.2 / 61.8, L 512 80.6 / 79.7 / 77.1; of keys 45.0 / 43.8 /
+    45.3, 58.6 / 58.7 / 59.1 (2026-11-30); with dropout it is the branches that spill.
     """
     once = cut_once and steps > 3 and not (drops or biased)
     return ForwardConfig(
         q_registers=once or not (sloped or keyed), pinned=once or (keyed and not (sloped or drops)),
-        pinned_once=dense and not (drops or biased), spread=steps <= 3 and not (biased or keyed),
-        masks_all=biased and sloped and steps <= 3,
+        pinned_once=dense and not (drops or biased), spread=steps <= 3 and (drops or not (biased or keyed)),
+        masks_all=biased and sloped and steps <= 3 and not drops,
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ DIVIDED = BackwardConfig(dq=WIDE, dkv=TWO, dk=TWO, dv=TWO)
 IN_ROLES = WalkConfig(roles=True, plain=True, half=True)
 ROLES = dataclasses.replace(WIDER, dkv=IN_ROLES, dq=WalkConfig(early=True, brief=1, half=True))
 ROLES_WIDE = dataclasses.replace(WIDER, dkv=WalkConfig(roles=True, stages=3, split=2))
-ROLES_SEVERAL = dataclasses.replace(WIDER, dkv=dataclasses.replace(IN_ROLES, row_tiles=3, buffers=1))
+ROLES_SEVERAL = dataclasses.replace(WIDER, dkv=dataclasses.replace(IN_ROLES, row_tiles=3))
+ROLES_ONE_TILE = dataclasses.replace(WIDER, dkv=dataclasses.replace(IN_ROLES, row_tiles=3, half=False, buffers=1))
 
 
 TUNED = "tuned"
@@ -225,6 +226,9 @@ OWN = {
         make(136, 264, B=1, Hq=2, Hk=1, E=64, keep=(keep := rng.random((1, 2, 136, 264)) < 0.4)),
         {"keep": keep, "config": ROLES_SEVERAL},
     ),
+    "roles, several key tiles a program, one tile of p, grouped, causal": lambda: (
+        make(136, 264, B=1, Hq=2, Hk=1, E=64, keep=band(136, 264, -1, 0, 130)), {"mask": causal(130), "config": ROLES_ONE_TILE}
+    ),
     "roles, E 192, scores far below 0, an early dq in float32": lambda: (
         make(72, 136, B=1, Hq=1, E=192, scale=20.0, keep=band(72, 136, 70, 3, 40)),
         {"mask": sliding_window(70, 3, 40), "config": dataclasses.replace(ROLES, dq=WalkConfig(early=True, masks_all=True))},
@@ -339,19 +343,25 @@ def test_every_configuration_fits_the_shared_memory():
 
     for E in range(8, 257, 8):
         for Ev in range(8, 257, 8):
-            for masked, drops, bias_bytes in [
-                (False, False, None),
-                (True, True, None),
-                (True, True, 0),
-                (True, True, 2),
-                (False, False, 4),
+            for masked, drops, bias_bytes, capped in [
+                (False, False, None, False),
+                (True, False, None, True),
+                (True, True, None, False),
+                (True, True, 0, False),
+                (False, False, 0, True),
+                (True, True, 2, False),
+                (False, True, 2, True),
+                (False, False, 4, False),
             ]:
-                facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops}
+                facts = {"head_dim": E, "value_head_dim": Ev, "drops": drops, "capped": capped}
                 facts |= {"biased": bias_bytes is not None, "bias_bytes": bias_bytes or 0}
+                summed = bias_bytes == 0
                 # without a loading warpgroup; several row tiles a program; a fused kernel
                 for length, group in ((64, 4), (64, 1), (128, 1), (512, 4), (8192, 4)):
                     lengths = {"heads": 16, "group": group, "query_len": length, "key_len": length}
-                    config = backward_tuning.backward_config(**lengths, **facts, masked=masked, deterministic=False)
+                    own = {"masked": masked, "sloped": masked and not drops, "summed": summed, "deterministic": False}
+                    config = backward_tuning.backward_config(**lengths, **facts, **own)
+                    assert not (summed and (config.keys_together(E, Ev) or config.dk).half)
                     assert all(one is None or not one.alone or one.bias_stages == one.stages for one in vars(config).values())
                     for kernel in ("dq", "dkv", "dk", "dv", "fused"):
                         own = getattr(config, kernel)
