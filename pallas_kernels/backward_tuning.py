@@ -128,8 +128,7 @@ def _middle(
     dq = WalkConfig(stages=3, registers=ROOM)  # L 16384: 4233 us, two stages 5506, two of 128 keys 6145
     often = dense or (sloped and not cut_once) or (masked and not sloped) or 2 < split < group
     # beside a softcap p in float32, of which the slope is made
-    half = (often and not capped) or (not masked and not drops and seen <= 512)
-    half = half and not summed
+    half = not summed and ((often and not capped) or (not masked and not drops and seen <= 512))
     # several heads a program, one after another, keep the slope in the loop: as a branch it spills 24 to 64 bytes of float32 p
     dkv = WalkConfig(half=half, masks_all=sloped and not half and (split < group or (capped and not cut_once)))
     # dropout beside a mask spills 4 to 152 bytes else. Both passes, us, before / so: lengths 4092 / 4146, a window of 1000 1435 /
